@@ -1,0 +1,314 @@
+"""Typed parameters: one frozen section a stage, no defaults (they live in params.yaml)."""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from isim.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
+Precision = Literal["auto", "fp32", "bf16"]
+Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown names are errors, no defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Shapes(Section):
+    """The generated data set (spec 2): counts of images and their side in pixels."""
+
+    train: Positive
+    val: Positive
+    size: Annotated[int, Field(ge=64, le=512)]
+
+
+class Prepare(Section):
+    """Where the images come from."""
+
+    source: Literal["shapes", "voc", "folder"]
+    root: str
+    download: bool
+    sbd: bool
+    val_fraction: Fraction
+    seed: NonNegative
+    shapes: Shapes
+
+
+class Crf(Section):
+    """Fully connected CRF (spec 5, set `labels`); sxy in pixels, srgb in 8-bit levels."""
+
+    steps: Annotated[int, Field(ge=0, le=100)]
+    gt_prob: Fraction
+    gaussian_sxy: Annotated[float, Field(gt=0)]
+    gaussian_compat: Rate
+    bilateral_sxy: Annotated[float, Field(gt=0)]
+    bilateral_srgb: Annotated[float, Field(gt=0)]
+    bilateral_compat: Rate
+
+
+class Optimizer(Section):
+    """SGD with a poly schedule (paper 4.1). `poly_epochs` 0 means all epochs.
+
+    `profile` names a set of values; any other combination must be called `custom`.
+    """
+
+    profile: Literal["paper", "official", "custom"]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Rate
+    encoder_rate: Rate
+    decoder_rate: Rate
+    classifier_rate: Rate
+    poly_power: Annotated[float, Field(ge=0)]
+    poly_epochs: NonNegative
+
+    @model_validator(mode="after")
+    def _profile_names_its_values(self) -> Self:
+        expected = PROFILES.get(self.profile, {})
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"profile '{self.profile}' means {name}: {value}, but {name} is "
+                    f"{getattr(self, name)}; write profile: custom, or {name}: {value}"
+                )
+        return self
+
+
+# Spec 3.4: the two profiles that results are named after.
+PROFILES: dict[str, dict[str, float]] = {
+    "paper": {
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "encoder_rate": 0.1,
+        "decoder_rate": 0.01,
+        "classifier_rate": 1.0,
+        "poly_power": 0.9,
+        "poly_epochs": 0,
+    },
+    "official": {
+        "momentum": 1e-4,
+        "weight_decay": 1e-4,
+        "encoder_rate": 0.1,
+        "decoder_rate": 0.1,
+        "classifier_rate": 1.0,
+        "poly_power": 0.9,
+        "poly_epochs": 5,
+    },
+}
+
+
+class TrainCam(Section):
+    """The ISIM loop (spec 3)."""
+
+    method: Literal["cam", "deeplabcam"]
+    split: str
+    eval_split: str
+    seed: NonNegative
+    encoder: str
+    weights: str
+    output_stride: Literal[8, 16, 32]
+    encoder_norm: Literal["batch", "frozen"]
+    input_norm: Literal["encoder", "unit"]
+    atrous_rates: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    decoder_channels: Positive
+    crop: Annotated[int, Field(ge=32)]
+    batch: Positive
+    epochs: Positive
+    warmup_epochs: Positive
+    round_every: Positive
+    segmentation_weight: Rate
+    optimizer: Optimizer
+    precision: Precision
+    scales: Scales
+    flip: bool
+    threshold: Fraction
+    crf: Crf
+    pictures: NonNegative
+
+    @property
+    def round_epochs(self) -> tuple[int, ...]:
+        """Epochs (1-based) after which a round runs: 5, 15, 25, 35, 45 in the paper."""
+        return tuple(range(self.warmup_epochs, self.epochs, self.round_every))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs}), "
+                "or no pseudo-label is ever made"
+            )
+        if self.method != "cam" and self.crop % self.output_stride:
+            raise ValueError(
+                f"crop ({self.crop}) must be a multiple of output_stride ({self.output_stride}); "
+                f"use {self.crop // self.output_stride * self.output_stride or self.output_stride}"
+            )
+        if self.optimizer.profile == "official" and self.batch != 32:
+            raise ValueError(
+                f"optimizer profile 'official' means batch: 32, but batch is {self.batch}; "
+                "write profile: custom, or batch: 32"
+            )
+        return self
+
+
+class ExportCams(Section):
+    """CAMs of the final checkpoint, stored at a stride (spec 4)."""
+
+    splits: Annotated[tuple[str, ...], Field(min_length=1)]
+    scales: Scales
+    flip: bool
+    stride: Literal[1, 2, 4, 8]
+    precision: Precision
+
+
+class Evaluate(Section):
+    """Scores of CAMs, of CAM + dCRF and of every round's snapshot (spec 8)."""
+
+    threshold: Fraction
+    sweep_start: Fraction
+    sweep_stop: Fraction
+    sweep_step: Fraction
+    crf: Crf
+    pictures: NonNegative
+
+    @model_validator(mode="after")
+    def _sweep_is_a_range(self) -> Self:
+        if self.sweep_start > self.sweep_stop:
+            raise ValueError(
+                f"sweep_start ({self.sweep_start}) must not be above sweep_stop ({self.sweep_stop})"
+            )
+        return self
+
+
+class Params(Section):
+    """All of params.yaml. A stage is handed its own section only."""
+
+    prepare: Prepare
+    train_cam: TrainCam
+    export_cams: ExportCams
+    evaluate: Evaluate
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
+    """Read YAML as DVC does (ruamel, YAML 1.2), keeping comments for a later write.
+
+    Raises:
+        UserError: The file is missing, unreadable or no mapping.
+    """
+    try:
+        tree = YAML(typ="rt").load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; run `isim preset demo` to write one"
+        ) from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{path}{where}: {problem}; mend that line") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as `train_cam:`, found none")
+    return tree
+
+
+def load(path: Path) -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        UserError: One line that names the first wrong parameter, its value and the fix, and
+            counts the others.
+    """
+    plain = YAML(typ="safe").load(path.read_text()) if read_yaml(path) else {}
+    return validate(plain, str(path))
+
+
+def validate(tree: dict[str, Any], where: str) -> Params:
+    """Check a plain parameter tree; `where` names its source in errors.
+
+    Raises:
+        UserError: As `load`.
+    """
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from error
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    errors = error.errors(include_url=False)
+    # An unknown name is usually a misspelling of one reported missing: show it first.
+    errors.sort(key=lambda item: item["type"] != "extra_forbidden")
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _names(Params, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        text = f"unknown parameter; {hint}"
+    elif first["type"] == "missing":
+        text = "missing; `isim preset demo` shows every parameter with a value"
+    elif first["type"] == "value_error":
+        text = first["msg"].removeprefix("Value error, ")
+    else:
+        text = f"{first['msg']}, got {first['input']!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{where}: {name}: {text}{more}"
+
+
+def _names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def digest(section: BaseModel) -> str:
+    """SHA-256 (first 12 hex digits) of a section's canonical JSON."""
+    text = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def home(root: Path) -> Path:
+    """The folder that state outside DVC is anchored on: `$DVC_ROOT`, else `root`.
+
+    `dvc exp run --temp` works in a copy that is deleted; DVC_ROOT still names the repository.
+    """
+    return Path(os.environ.get("DVC_ROOT", root)).resolve()
+
+
+def resolve_path(text: str, root: Path) -> Path:
+    """Expand `$ISIM_DATA` and `$ISIM_SHARED` (and any other variable) in a path parameter.
+
+    Args:
+        text: A path as written in params.yaml.
+        root: The project folder, used when `$DVC_ROOT` is unset.
+
+    Returns:
+        An absolute path; relative ones are taken from `home(root)`.
+
+    Raises:
+        UserError: A variable without a value.
+    """
+    defaults = {"ISIM_DATA": "data/raw", "ISIM_SHARED": "../shared"}
+    for name, value in defaults.items():
+        used = os.environ.get(name, value)
+        text = text.replace(f"${{{name}}}", used).replace(f"${name}", used)
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if "$" in expanded:
+        raise UserError(f"the path {text} uses a variable that is not set; export it or edit it")
+    return (home(root) / expanded).resolve()
