@@ -1,0 +1,1 @@
+"""Sources, files and the training set."""

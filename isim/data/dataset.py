@@ -1,0 +1,236 @@
+"""Prepared data in memory, and random crops of it for training (spec 3.5)."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from isim.data.files import IGNORE, read_image, read_label_map
+from isim.errors import UserError
+
+FORMAT = 1
+PREPARED = "prepared:"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a split.
+
+    Attributes:
+        id: Name, unique in the data set; outputs are named after it.
+        image: Path of the RGB image.
+        mask: Path of the ground truth, None where there is none.
+        image_label: (K,) float32 multi-hot over the foreground classes.
+    """
+
+    id: str
+    image: Path
+    mask: Path | None
+    image_label: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `isim prepare` wrote: the K foreground classes in order, and the splits."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Item, ...]]
+
+    def split(self, name: str) -> tuple[Item, ...]:
+        """The items of a split, in the order of its list.
+
+        Raises:
+            UserError: The split is unknown (the message names the known ones) or empty.
+        """
+        items = self.splits.get(name)
+        if items is None:
+            raise UserError(
+                f"no split '{name}' in the prepared data; use one of {', '.join(self.splits)}"
+            )
+        if not items:
+            raise UserError(f"split '{name}' is empty; add images to it and run `isim prepare`")
+        return items
+
+
+def load_prepared(directory: Path, resolve: Callable[[str], Path]) -> Prepared:
+    """Load the lists that `isim prepare` wrote; no image is opened.
+
+    Args:
+        directory: `data/prepared`.
+        resolve: Expands the data root as it stands in the parameters.
+
+    Raises:
+        UserError: The folder is missing, incomplete or of another format.
+    """
+    try:
+        about = json.loads((directory / "dataset.json").read_text())
+        if about.get("format") != FORMAT:
+            raise UserError(
+                f"{directory} has format {about.get('format')}, this version reads {FORMAT}; "
+                "run `isim prepare` again"
+            )
+        names = {row["id"]: row["labels"] for row in _rows(directory / "labels.csv")}
+        root = directory if about["root"] == PREPARED else resolve(about["root"])
+        classes = tuple(about["classes"])
+        labels = {id_: _multi_hot(text, classes) for id_, text in names.items()}
+
+        def locate(text: str) -> Path:
+            inside = text.startswith(PREPARED)
+            return directory / text.removeprefix(PREPARED) if inside else root / text
+
+        splits = {}
+        for split in about["splits"]:
+            splits[split] = tuple(
+                Item(
+                    id=row["id"],
+                    image=locate(row["image"]),
+                    mask=locate(row["mask"]) if row["mask"] else None,
+                    image_label=labels[row["id"]],
+                )
+                for row in _rows(directory / f"{split}.csv")
+            )
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing; run `isim prepare` first") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} is damaged ({error}); run `isim prepare` again") from error
+    return Prepared(classes, splits)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _multi_hot(text: str, classes: tuple[str, ...]) -> np.ndarray:
+    label = np.zeros(len(classes), np.float32)
+    label[[classes.index(name) for name in text.split(";") if name]] = 1
+    label.flags.writeable = False
+    return label
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Order in which an epoch visits the items: a permutation that only its arguments decide.
+
+    Returns:
+        (count,) int64.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class CropDataset(Dataset[dict[str, torch.Tensor]]):
+    """Random crops of images, moved together with their label maps (spec 3.5).
+
+    The longer side is drawn uniformly from [crop, 2 crop], then a random crop (padded with the
+    mean colour and IGNORE when smaller) and a random flip. An item depends on (seed, epoch,
+    index) alone, never on workers or on what was drawn before, so that a resumed run sees the
+    same crops as an unbroken one.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        crop: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        label_paths: dict[str, Path] | None,
+        flip: bool = True,
+    ) -> None:
+        """Describe the crops; nothing is read yet.
+
+        Args:
+            items: Images to crop.
+            crop: Side of a crop in pixels.
+            mean: (3,) mean of the encoder's input normalisation, for values in [0, 1].
+            std: (3,) standard deviation, likewise.
+            seed: Seed of all draws.
+            label_paths: Label map of each item id; None = no labels, all IGNORE.
+            flip: Whether to mirror at random.
+        """
+        self.items = items
+        self.crop = crop
+        self.seed = seed
+        self.label_paths = label_paths
+        # Shared memory, so that workers which outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        mean_colour = [round(255 * value) for value in mean]
+        self._crop_and_flip = v2.Compose(
+            [
+                v2.RandomCrop(
+                    crop,
+                    pad_if_needed=True,
+                    fill={tv_tensors.Image: mean_colour, tv_tensors.Mask: IGNORE},
+                ),
+                v2.RandomHorizontalFlip(0.5 if flip else 0.0),
+            ]
+        )
+        self._normalise = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose crops are drawn; call it before the epoch's iterator is made."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Draw the crop of one item.
+
+        Returns:
+            image (3, crop, crop) float32, normalised; image_label (K,) float32; label
+            (crop, crop) int64 with 255 for padding and ignored pixels.
+
+        Raises:
+            UserError: The image or its label map is unreadable, or their sizes differ.
+        """
+        item = self.items[index]
+        image = read_image(item.image)
+        label = self._read_label(item, image.shape[:2])
+        # The CPU generator only: torch.manual_seed would reset a GPU's generator, too.
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence([self.seed, int(self._epoch), index])
+            torch.default_generator.manual_seed(int(state.generate_state(1, np.uint64)[0]))
+            pixels, mask = self._augment(torch.from_numpy(image), torch.from_numpy(label))
+        return {
+            "image": pixels,
+            "image_label": torch.from_numpy(item.image_label.copy()),
+            "label": mask,
+        }
+
+    def _read_label(self, item: Item, size: tuple[int, ...]) -> np.ndarray:
+        if self.label_paths is None:
+            return np.full(size, IGNORE, np.uint8)
+        path = self.label_paths[item.id]
+        label = read_label_map(path)
+        if label.shape != size:
+            raise UserError(
+                f"label map {path} is {label.shape[1]}x{label.shape[0]} pixels but {item.image} "
+                f"is {size[1]}x{size[0]}; delete the label maps and make them again"
+            )
+        return label
+
+    def _augment(
+        self, image: torch.Tensor, label: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, W, 3) and (H, W) uint8 to (3, crop, crop) float32 and (crop, crop) int64."""
+        longer = int(torch.randint(self.crop, 2 * self.crop + 1, ()))
+        scale = longer / max(label.shape)
+        size = [max(1, round(side * scale)) for side in label.shape]
+        # A permuted view is channels-last, for which torchvision resizes uint8 directly.
+        pixels = v2.functional.resize_image(image.permute(2, 0, 1), size)
+        # v2's own nearest for masks is half a source pixel off the bilinear grid of the image.
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        mask = v2.functional.resize_image(label[None], size, interpolation=nearest)
+        pixels, mask = self._crop_and_flip(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
+        normalised: torch.Tensor = self._normalise(pixels).as_subclass(torch.Tensor)
+        return normalised, mask[0].as_subclass(torch.Tensor).long()

@@ -1,0 +1,136 @@
+"""Images, label maps (palette PNG) and CAMs (npz) on disk. Torch-free."""
+
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from isim.atomic import atomic_path
+from isim.errors import UserError
+
+BACKGROUND = 0
+IGNORE = 255
+
+# All that Pillow raises on damaged files, beyond OSError.
+_DAMAGED = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image as RGB; its EXIF orientation is ignored, as the VOC masks ignore it.
+
+    Returns:
+        (H, W, 3) uint8. Grey and palette images become RGB.
+
+    Raises:
+        UserError: The file is missing, unreadable, truncated or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{path} has more than 8 bits a channel; save it as 8-bit RGB")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except _DAMAGED as error:
+        raise _unreadable("image", path, error) from error
+
+
+def read_label_map(path: Path) -> np.ndarray:
+    """Read a label map: the class ids of an 8-bit palette or grey PNG.
+
+    Returns:
+        (H, W) uint8, 0 = background, 255 = ignore.
+
+    Raises:
+        UserError: The file is missing, unreadable or in colours instead of class ids.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise UserError(
+                    f"label map {path} holds {image.mode} colours; save class ids as an 8-bit "
+                    "palette or grey PNG"
+                )
+            return np.array(image)
+    except _DAMAGED as error:
+        raise _unreadable("label map", path, error) from error
+
+
+def _unreadable(what: str, path: Path, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{what} {path} does not exist; restore it or run `isim prepare` again")
+    # Pillow's own text of an unidentified file repeats the path and the buffer's address.
+    unidentified = isinstance(error, Image.UnidentifiedImageError)
+    reason = "not an image" if unidentified else str(error).splitlines()[0]
+    return UserError(f"{what} {path} is unreadable ({reason}); replace it")
+
+
+def write_label_map(path: Path, label_map: np.ndarray) -> None:
+    """Write a label map as an 8-bit PNG with the VOC palette, atomically.
+
+    Args:
+        path: Final path, suffix `.png`.
+        label_map: (H, W) uint8.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    image = Image.fromarray(label_map)
+    image.putpalette(voc_palette().tobytes())
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def voc_palette() -> np.ndarray:
+    """Colours of the VOC label maps: the bits of a class id, dealt to R, G, B in turn.
+
+    Returns:
+        (256, 3) uint8 RGB.
+    """
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            value = (ids >> (3 * bit + channel)) & 1
+            palette[:, channel] |= (value << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def write_cam(path: Path, cam: np.ndarray, class_ids: np.ndarray, size: tuple[int, int]) -> None:
+    """Write the CAMs of an image's labelled classes as npz without pickle, atomically (spec 4).
+
+    Args:
+        path: Final path, suffix `.npz`.
+        cam: (K', h, w) float in [0, 1]; stored as float16.
+        class_ids: (K',) int, ids 1..K of the planes.
+        size: (H, W) of the image in pixels.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            cam=cam.astype(np.float16),
+            class_ids=class_ids.astype(np.int64),
+            size=np.array(size, np.int64),
+        )
+
+
+def read_cam(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Read what `write_cam` wrote.
+
+    Returns:
+        cam (K', h, w) float32, class_ids (K',) int64, image size (H, W).
+
+    Raises:
+        UserError: The file is missing or no CAM file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            height, width = (int(value) for value in arrays["size"])
+            return arrays["cam"].astype(np.float32), arrays["class_ids"], (height, width)
+    # np.load gives plain arrays (no context manager: TypeError) for a renamed .npy file.
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "not a CAM file"
+        raise UserError(f"CAM {path} is {reason}; run `isim export-cams` again") from error

@@ -1,0 +1,198 @@
+"""Prepared data loads as written; crops are reproducible and keep image and label aligned."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from isim.data.dataset import CropDataset, Item, epoch_order, load_prepared
+from isim.data.files import read_label_map, write_label_map
+from isim.errors import UserError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+
+
+def write_prepared(directory: Path, root: str = "prepared:", format_: int = 1) -> None:
+    directory.mkdir(exist_ok=True)
+    about = {"format": format_, "source": "voc", "root": root, "classes": ["cat", "dog"]}
+    about["splits"] = {"train": 2, "val": 1, "test": 0}
+    (directory / "dataset.json").write_text(json.dumps(about))
+    (directory / "labels.csv").write_text("id,labels\na,cat;dog\nb,dog\nc,\n")
+    (directory / "train.csv").write_text(
+        "id,image,mask\nb,i/b.jpg,prepared:masks/b.png\na,i/a.jpg,\n"
+    )
+    (directory / "val.csv").write_text("id,image,mask\nc,i/c.jpg,m/c.png\n")
+    (directory / "test.csv").write_text("id,image,mask\n")
+
+
+def test_load_prepared(tmp_path):
+    write_prepared(tmp_path, root="$ROOT/voc")
+    prepared = load_prepared(tmp_path, lambda text: Path(text.replace("$ROOT", "/r")))
+    assert prepared.classes == ("cat", "dog")
+    b, a = prepared.split("train")
+    assert (b.id, b.image, b.mask) == ("b", Path("/r/voc/i/b.jpg"), tmp_path / "masks/b.png")
+    assert (a.id, a.mask) == ("a", None)
+    assert a.image_label.dtype == np.float32
+    assert a.image_label.tolist() == [1, 1]
+    assert b.image_label.tolist() == [0, 1]
+    assert prepared.split("val")[0].mask == Path("/r/voc/m/c.png")
+
+
+def test_images_inside_the_prepared_folder(tmp_path):
+    write_prepared(tmp_path)
+    assert load_prepared(tmp_path, Path).split("val")[0].image == tmp_path / "i/c.jpg"
+
+
+def test_unknown_and_empty_splits(tmp_path):
+    write_prepared(tmp_path)
+    prepared = load_prepared(tmp_path, Path)
+    with pytest.raises(UserError, match="no split 'trainaug'.*train, val, test"):
+        prepared.split("trainaug")
+    with pytest.raises(UserError, match="'test' is empty"):
+        prepared.split("test")
+
+
+def test_missing_damaged_and_foreign_prepared_data(tmp_path):
+    with pytest.raises(UserError, match="dataset.json is missing; run `isim prepare`"):
+        load_prepared(tmp_path, Path)
+    write_prepared(tmp_path, format_=2)
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        load_prepared(tmp_path, Path)
+    write_prepared(tmp_path)
+    (tmp_path / "labels.csv").write_text("id,labels\na,cow\n")
+    with pytest.raises(UserError, match="damaged.*run `isim prepare` again"):
+        load_prepared(tmp_path, Path)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_prepared(tmp_path, Path)
+
+
+def make_items(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Item], dict[str, Path]]:
+    """Images whose red channel is the label map (in tens), so that alignment can be checked."""
+    items, labels = [], {}
+    for number, (height, width) in enumerate(sizes):
+        label = np.zeros((height, width), np.uint8)
+        label[height // 3 :, : width // 2] = 5
+        label[: height // 2, width // 4 :] = 20
+        pixels = np.stack([label * 10] * 3, axis=-1)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        write_label_map(folder / f"{number}_label.png", label)
+        items.append(Item(str(number), folder / f"{number}.png", None, np.ones(2, np.float32)))
+        labels[str(number)] = folder / f"{number}_label.png"
+    return items, labels
+
+
+def dataset(items, labels, seed=3, crop=48):
+    return CropDataset(items, crop, MEAN, STD, seed, labels)
+
+
+def test_crop_shapes_types_and_alignment(tmp_path):
+    items, labels = make_items(tmp_path, [(60, 90), (90, 40)])
+    data = dataset(items, labels)
+    seen_padding = False
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        for sample in data:
+            image, label = sample["image"], sample["label"]
+            assert image.shape == (3, 48, 48) and image.dtype == torch.float32
+            assert label.shape == (48, 48) and label.dtype == torch.int64
+            assert set(label.unique().tolist()) <= {0, 5, 20, 255}
+            pixels = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+            red = pixels[0] * 255
+            inside = label != 255
+            # Bilinear pixels blend at edges only; nearest labels never do.
+            agree = (red[inside] - label[inside] * 10).abs() < 25
+            assert agree.float().mean() > 0.9
+            seen_padding |= bool((~inside).any())
+            # Padding carries the mean colour, which normalises to (nearly) zero.
+            assert image[:, ~inside].abs().sum() <= 0.02 * 3 * (~inside).sum()
+    assert seen_padding
+
+
+def test_longer_side_is_drawn_from_crop_to_twice_crop(tmp_path):
+    items, _ = make_items(tmp_path, [(20, 80)])
+    data = dataset(items, None, crop=32)
+    heights = set()
+    pixels = np.full((20, 80, 3), 255, np.uint8)
+    Image.fromarray(pixels).save(items[0].image)
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        heights.add(int((data[0]["image"].amax(dim=(0, 2)) > 1).sum()))
+    # Height is a quarter of the longer side: 8..16 pixels of white.
+    assert min(heights) == 8
+    assert max(heights) == 16
+
+
+def test_without_labels_everything_is_ignored(tmp_path):
+    items, _ = make_items(tmp_path, [(50, 50)])
+    assert (dataset(items, None)[0]["label"] == 255).all()
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_crops_depend_on_seed_epoch_and_index_only(tmp_path):
+    items, labels = make_items(tmp_path, [(60, 90)] * 3)
+    data = dataset(items, labels)
+    data.set_epoch(4)
+    expected = [data[index] for index in range(3)]
+    assert not equal(expected[0], expected[1])
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    assert equal(data[2], expected[2])
+    assert torch.equal(before, torch.random.get_rng_state())
+    again = dataset(items, labels)
+    again.set_epoch(4)
+    assert equal(again[1], expected[1])
+    again.set_epoch(5)
+    assert not equal(again[1], expected[1])
+    other = dataset(items, labels, seed=4)
+    other.set_epoch(4)
+    assert not equal(other[1], expected[1])
+
+
+def test_flips_happen_and_can_be_switched_off(tmp_path):
+    ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[None, :, None], (80, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    items = [Item("ramp", tmp_path / "ramp.png", None, np.ones(1, np.float32))]
+    for flip, expected in ((True, {True, False}), (False, {True})):
+        data = CropDataset(items, 32, MEAN, STD, 0, None, flip=flip)
+        rising = set()
+        for epoch in range(20):
+            data.set_epoch(epoch)
+            row = data[0]["image"][0, 16]
+            rising.add(bool(row[-1] > row[0]))
+        assert rising == expected
+
+
+def test_workers_change_nothing_and_see_the_epoch(tmp_path):
+    items, labels = make_items(tmp_path, [(60, 90)] * 4)
+    data = dataset(items, labels)
+    loader = DataLoader(data, batch_size=2, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        batches = list(loader)
+        for index in range(4):
+            batch = {key: value[index % 2] for key, value in batches[index // 2].items()}
+            assert equal(batch, data[index])
+
+
+def test_label_of_another_size_is_refused(tmp_path):
+    items, labels = make_items(tmp_path, [(60, 90)])
+    write_label_map(labels["0"], read_label_map(labels["0"])[:-1])
+    with pytest.raises(UserError, match=r"0_label.png is 90x59 pixels but .*0.png is 90x60"):
+        dataset(items, labels)[0]
+
+
+def test_epoch_order():
+    order = epoch_order(50, 1, 2)
+    assert order.dtype == np.int64
+    assert sorted(order) == list(range(50))
+    assert np.array_equal(order, epoch_order(50, 1, 2))
+    assert not np.array_equal(order, epoch_order(50, 1, 3))
+    assert not np.array_equal(order, epoch_order(50, 2, 2))
