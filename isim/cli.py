@@ -1,0 +1,130 @@
+"""Command line: one command a stage, `preset` and `results`.
+
+Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
+"""
+
+import errno
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from isim.errors import UserError
+
+if TYPE_CHECKING:
+    from isim.params import Params
+
+app = typer.Typer(
+    help="ISIM: from image-level tags to segmentation pseudo-labels. `dvc repro` runs the stages "
+    "below in order, with the values of params.yaml.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def prepare() -> None:
+    """Stage 1: read the data source, check it, write data/prepared."""
+    section = _params().prepare
+    from isim.stages import prepare as stage
+
+    stage.run(section, Path.cwd())
+
+
+@app.command()
+def train_cam() -> None:
+    """Stage 2: the ISIM loop; write models/train_cam and data/pseudo_labels."""
+    section = _params().train_cam
+    from isim.stages import train_cam as stage
+
+    stage.run(section, Path.cwd())
+
+
+@app.command()
+def export_cams() -> None:
+    """Stage 3: write the CAMs of the final network to data/cams."""
+    section = _params().export_cams
+    from isim.stages import export_cams as stage
+
+    stage.run(section, Path.cwd())
+
+
+@app.command()
+def evaluate() -> None:
+    """Stage 4: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
+    section = _params().evaluate
+    from isim.stages import evaluate as stage
+
+    stage.run(section, Path.cwd())
+
+
+@app.command()
+def preset(
+    name: Annotated[
+        str | None, typer.Argument(help="Without a name the presets are listed.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+) -> None:
+    """Write a preset into params.yaml; its comments stay."""
+    from isim import preset as presets
+
+    if name is None or list_:
+        known = presets.titles()
+        width = max(map(len, known))
+        for key, title in known.items():
+            typer.echo(f"{key:<{width}}  {title}")
+        return
+    presets.write(name, Path("params.yaml"))
+    typer.echo(f"params.yaml now holds preset {name}; `dvc repro` runs it")
+
+
+@app.command()
+def results() -> None:
+    """Print the result table of the last run and where to look next."""
+    from isim import results as report
+
+    typer.echo(report.table(Path.cwd()))
+
+
+def _params() -> "Params":
+    from isim.params import load
+
+    return load(Path("params.yaml"))
+
+
+def main() -> None:
+    """Entry point: errors of the user become one line and exit code 2."""
+    # Without this a terminated run would skip its context managers: MLflow would show it as
+    # running for ever, and worker processes would outlive it.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
+        _fail(f"no space left on the disk{where}; free some and run the same command again")
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # Libraries written in other languages wrap the same condition in errors of their own.
+    return "No space left on device" in str(error)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"isim: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,75 @@
+"""The result table that `isim results` prints from the reports."""
+
+import csv
+import json
+from pathlib import Path
+
+from isim.errors import UserError
+
+LINKS = """Where to look next
+  reports/                  every figure: metrics.json, CSV tables, pictures
+  data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
+  dvc plots show            mIoU over the rounds, losses, classes: dvc_plots/index.html
+  make ui                   every run in MLflow
+  isim preset --list        other data sets and methods; then `dvc repro`"""
+
+
+def table(root: Path) -> str:
+    """The mIoU of every round and the final figures, in percent, as plain text.
+
+    Args:
+        root: The project folder, which holds `reports/`.
+
+    Raises:
+        UserError: A report is missing or not what the stages write.
+    """
+    rounds_path = root / "reports/train_cam/rounds.csv"
+    final_path = root / "reports/evaluate/metrics.json"
+    try:
+        with rounds_path.open(newline="") as file:
+            rounds = list(csv.DictReader(file))
+        final = json.loads(final_path.read_text())
+        return "\n\n".join((_rounds(rounds), _final(final), LINKS))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; run `dvc repro` first"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{rounds_path} or {final_path} is damaged ({error}); run `dvc repro` again"
+        ) from error
+
+
+def _rounds(rows: list[dict[str, str]]) -> str:
+    lines = ["mIoU on the training images, %", "round  epoch     CAM  pseudo-label  seconds"]
+    for row in rows:
+        cam, label = (_percent(row[key]) for key in ("cam_miou", "pseudo_label_miou"))
+        seconds = float(row["seconds"])
+        lines.append(
+            f"{row['round']:>5}  {row['epoch']:>5}  {cam:>6}  {label:>12}  {seconds:>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _final(metrics: dict[str, object]) -> str:
+    lines = ["Final figures, %"]
+    for name, value in _leaves(metrics):
+        if "miou" not in name:
+            continue
+        lines.append(f"  {name:<48} {_percent(value):>6}")
+    return "\n".join(lines)
+
+
+def _leaves(tree: dict[str, object], prefix: str = "") -> list[tuple[str, float]]:
+    """Dotted names and values of the numbers in a nested report, in its order."""
+    found: list[tuple[str, float]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found.append((prefix + key, float(value)))
+    return found
+
+
+def _percent(value: str | float) -> str:
+    return f"{100 * float(value):.1f}" if value != "" else "-"
