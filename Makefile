@@ -6,9 +6,12 @@ INSTALLED := $(VENV)/.installed
 # dvc.yaml runs `isim`, which must be the one of this virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-evidence test lint ui bench clean
+TRACKING := from pathlib import Path; from isim import tracking; \
+  uri = tracking.tracking_uri(Path.cwd()); tracking.create_database(uri)
 
-demo: $(INSTALLED)
+.PHONY: demo demo-evidence test lint ui bench database
+
+demo: database
 	dvc repro
 	@isim results
 
@@ -24,8 +27,13 @@ lint: $(INSTALLED)
 	mypy
 
 # One worker and no job runner: starts several times faster in a quarter of the memory.
-ui: $(INSTALLED)
-	python -m isim.tracking ui
+ui: database
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 \
+	  --backend-store-uri "$$(python -c '$(TRACKING); print(uri)')"
+
+# Made before the first run: a database that several processes touch first is lost.
+database: $(INSTALLED)
+	@python -c '$(TRACKING)'
 
 bench: $(INSTALLED)
 	for file in benchmarks/*.py; do echo "== $$file"; python "$$file" || exit 1; done
