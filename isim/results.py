@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 from isim.errors import UserError
@@ -72,4 +73,6 @@ def _leaves(tree: dict[str, object], prefix: str = "") -> list[tuple[str, float]
 
 
 def _percent(value: str | float) -> str:
-    return f"{100 * float(value):.1f}" if value != "" else "-"
+    number = float(value)
+    # Without any mask there is nothing to compare with.
+    return "-" if math.isnan(number) else f"{100 * number:.1f}"

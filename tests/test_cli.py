@@ -1,0 +1,252 @@
+"""The command line: help, exit codes, one-line errors, presets, the result table."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from isim import cli, preset
+from isim.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PARAMS = (ROOT / "params.yaml").read_text()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with the shipped params.yaml, as working directory."""
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of `isim ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["isim", *arguments])
+    # The entry point installs a handler for SIGTERM, which pytest must not keep.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_help_names_every_command():
+    answer = CliRunner().invoke(cli.app, ["--help"])
+    assert answer.exit_code == 0
+    for name in ("prepare", "train-cam", "export-cams", "evaluate", "preset", "results"):
+        assert f"  {name} " in answer.stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["preset", "--nonsense"], ["results", "x"]])
+def test_wrong_usage_is_exit_code_2(arguments, monkeypatch, capsys):
+    code, _, err = run_main(monkeypatch, capsys, *arguments)
+    assert code == 2 and "Usage:" in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("threshold: 0.3", "treshold: 0.3", ["treshold", "did you mean threshold"]),
+        ("threshold: 0.3", "threshold: high", ["train_cam.threshold", "high"]),
+        ("batch: 16", "batch: 0", ["train_cam.batch", "greater than 0"]),
+        ("source: shapes", "source: coco", ["prepare.source", "coco", "voc"]),
+        ("warmup_epochs: ", "warmup_epochs: 10", ["train_cam", "warmup_epochs", "epochs"]),
+        ("  momentum: ", "  momentum: 0.123 # ", ["profile", "custom"]),
+        ("\nprepare:", "\n\tprepare:", ["params.yaml", "line"]),
+    ],
+)
+def test_bad_parameters_are_one_line_and_exit_code_2(
+    old, new, expected, project, monkeypatch, capsys
+):
+    text = PARAMS
+    if "profile" in expected:
+        text = text.replace("profile: custom", "profile: paper")
+    assert old in text
+    (project / "params.yaml").write_text(text.replace(old, new, 1))
+    code, out, err = run_main(monkeypatch, capsys, "train-cam")
+    assert code == 2 and out == ""
+    assert err.startswith("isim: error: ") and err.count("\n") == 1
+    for words in expected:
+        assert words in err
+
+
+def test_a_missing_parameter_file_names_the_fix(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_main(monkeypatch, capsys, "prepare")
+    assert code == 2 and "isim preset demo" in err and err.count("\n") == 1
+
+
+def raise_in_results(monkeypatch, error):
+    def fail(root):
+        raise error
+
+    monkeypatch.setattr("isim.results.table", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "data/x.png"),
+        RuntimeError("Error while serializing: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_exit_code_2(error, monkeypatch, capsys):
+    raise_in_results(monkeypatch, error)
+    code, _, err = run_main(monkeypatch, capsys, "results")
+    assert code == 2 and err.count("\n") == 1 and "no space left" in err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch, capsys):
+    raise_in_results(monkeypatch, ValueError("a defect"))
+    monkeypatch.setattr(sys, "argv", ["isim", "results"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main()
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_unwind_the_command(number, expected, tmp_path):
+    """Context managers run, no traceback is shown and the exit code names the signal."""
+    code = (
+        "import sys, time, pathlib, isim.results\n"
+        "from isim import cli\n"
+        "def table(root):\n"
+        "    try:\n"
+        "        pathlib.Path('started').touch()\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        pathlib.Path('unwound').touch()\n"
+        "isim.results.table = table\n"
+        "sys.argv = ['isim', 'results']\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == expected
+    assert (tmp_path / "unwound").exists()
+    assert "Traceback" not in err
+
+
+def comments(text):
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize("name", sorted(preset.titles()))
+def test_a_preset_is_written_and_comments_stay(name, project, monkeypatch, capsys):
+    code, out, _ = run_main(monkeypatch, capsys, "preset", name)
+    assert code == 0 and name in out
+    text = (project / "params.yaml").read_text()
+    wanted = (preset.folder() / f"{name}.yaml").read_text()
+    assert YAML(typ="safe").load(text) == YAML(typ="safe").load(wanted)
+    assert comments(text) == comments(PARAMS)
+    assert "[" not in "".join(line.split("#")[0] for line in text.splitlines()), "block style"
+
+
+def test_presets_come_back_to_the_same_file(project):
+    path = project / "params.yaml"
+    preset.write("tiny", path)
+    before = path.read_text()
+    preset.write("voc-cam-resnet50", path)
+    preset.write("tiny", path)
+    assert path.read_text() == before
+
+
+def test_a_comment_after_a_list_stays_when_the_list_grows_or_shrinks(project):
+    path = project / "params.yaml"
+    text = PARAMS.replace("  decoder_channels:", "  # after a list\n  decoder_channels:")
+    for rates in ("[6]", "[1, 2, 3, 4, 5]"):
+        start, _, rest = text.partition("  atrous_rates:")
+        path.write_text(f"{start}  atrous_rates: {rates}{rest[rest.index('  # after') - 1 :]}")
+        preset.write("voc-cam-resnet50", path)
+        lines = path.read_text().splitlines()
+        place = lines.index("  # after a list")
+        assert lines[place + 1].startswith("  decoder_channels:")
+        assert lines[place - 1] == "    - 18"
+
+
+def test_a_preset_needs_no_params_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, _ = run_main(monkeypatch, capsys, "preset", "tiny")
+    written = (tmp_path / "params.yaml").read_text()
+    assert code == 0 and written == (preset.folder() / "tiny.yaml").read_text()
+
+
+def test_an_unknown_preset_lists_the_known(project, monkeypatch, capsys):
+    code, _, err = run_main(monkeypatch, capsys, "preset", "tony")
+    assert code == 2 and "tony" in err and "tiny" in err
+    assert (project / "params.yaml").read_text() == PARAMS
+
+
+def test_a_preset_leaves_a_file_with_unknown_parameters_alone(project):
+    path = project / "params.yaml"
+    path.write_text(PARAMS.replace("train_cam:", "train_cam:\n  colour: red", 1))
+    before = path.read_text()
+    with pytest.raises(UserError, match="colour"):
+        preset.write("tiny", path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("arguments", [["preset"], ["preset", "--list"]])
+def test_presets_are_listed_with_their_titles(arguments):
+    answer = CliRunner().invoke(cli.app, arguments)
+    assert answer.exit_code == 0
+    for name, title in preset.titles().items():
+        assert any(
+            line.startswith(name) and line.endswith(title) for line in answer.stdout.splitlines()
+        )
+
+
+def write_reports(root, rounds, metrics):
+    for name, text in (("train_cam/rounds.csv", rounds), ("evaluate/metrics.json", metrics)):
+        path = root / "reports" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+HEADER = "round,epoch,cam_miou,pseudo_label_miou,masked_share,seconds,images_per_second\n"
+
+
+def test_results_are_in_percent(project, monkeypatch, capsys):
+    write_reports(
+        project,
+        HEADER + "1,5,0.31234,0.4,0.1,12.34,9\n2,15,0.456,nan,0.0,11,9\n",
+        '{"train": {"cam_miou": 0.5, "images": 240, "oracle": {"miou": 0.625}}}',
+    )
+    code, out, _ = run_main(monkeypatch, capsys, "results")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["1", "5", "31.2", "40.0", "12.3"] in rows
+    assert ["2", "15", "45.6", "-", "11.0"] in rows
+    assert ["train.cam_miou", "50.0"] in rows
+    assert ["train.oracle.miou", "62.5"] in rows
+    assert "240" not in out
+    assert "make ui" in out
+
+
+@pytest.mark.parametrize(
+    ("rounds", "metrics"),
+    [("round,epoch\n1,5\n", "{}"), (HEADER + "1,5,a,b,0,1,1\n", "{}"), (HEADER, "{")],
+)
+def test_damaged_reports_are_an_error(rounds, metrics, project, monkeypatch, capsys):
+    write_reports(project, rounds, metrics)
+    code, _, err = run_main(monkeypatch, capsys, "results")
+    assert code == 2 and "dvc repro" in err and err.count("\n") == 1
+
+
+def test_results_before_a_run_say_what_to_do(project, monkeypatch, capsys):
+    code, _, err = run_main(monkeypatch, capsys, "results")
+    assert code == 2 and "dvc repro" in err

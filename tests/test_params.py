@@ -1,0 +1,172 @@
+"""Parameters and presets: validation, structure, paths, digests."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from isim import params, preset
+from isim.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted(preset.folder().glob("*.yaml"))
+
+
+def plain(path):
+    return YAML(typ="safe").load(path.read_text())
+
+
+@pytest.fixture
+def tree():
+    return plain(ROOT / "params.yaml")
+
+
+def structure(value):
+    """Names in order; leaves by kind, lists not by length."""
+    if isinstance(value, dict):
+        return {name: structure(child) for name, child in value.items()}
+    return "list" if isinstance(value, list) else "leaf"
+
+
+def ordered(value):
+    return [(k, ordered(v)) for k, v in value.items()] if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_valid_and_has_the_structure_of_params_yaml(path, tree):
+    values = plain(path)
+    params.validate(values, path.name)
+    assert ordered(structure(values)) == ordered(structure(tree))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_opens_with_what_it_is(path):
+    head = path.read_text().splitlines()[:4]
+    assert all(line.startswith("# ") for line in head)
+    assert head[1].startswith("# expected: ")
+    assert head[2].startswith("# time: ")
+    assert head[3].startswith(f"# run: isim preset {path.stem} && dvc repro")
+
+
+def test_params_yaml_is_the_demo(tree):
+    assert tree == plain(preset.folder() / "demo.yaml")
+
+
+def test_the_issue_names_these_presets():
+    wanted = {"demo", "tiny", "voc-sample-mobilenetv2", "voc-deeplabcam-resnet50"}
+    assert wanted | {"voc-cam-resnet50"} <= set(preset.titles())
+
+
+@pytest.mark.parametrize("method", ["cam", "deeplabcam"])
+def test_the_paper_presets_hold_the_values_of_section_4_1(method):
+    values = params.validate(plain(preset.folder() / f"voc-{method}-resnet50.yaml"), method)
+    train = values.train_cam
+    assert train.method == method
+    assert train.round_epochs == (5, 15, 25, 35, 45)
+    assert (train.epochs, train.crop, train.threshold) == (50, 320, 0.3)
+    assert set(train.scales) == {1.0, 0.5, 1.5, 2.0} and train.flip
+    assert (train.optimizer.profile, train.split) == ("paper", "trainaug")
+    assert values.prepare.download and values.prepare.sbd
+
+
+def test_rounds_end_before_the_last_epoch(tree):
+    tree["train_cam"] |= {"warmup_epochs": 2, "round_every": 3, "epochs": 8}
+    assert params.validate(tree, "here").train_cam.round_epochs == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("train_cam", {"warmup_epochs": 50, "epochs": 50}, "warmup_epochs"),
+        ("train_cam", {"method": "deeplabcam", "crop": 100}, "multiple of output_stride"),
+        ("train_cam", {"threshold": 1.5}, "train_cam.threshold"),
+        ("train_cam", {"scales": []}, "train_cam.scales"),
+        ("train_cam", {"segmentation_weight": float("nan")}, "segmentation_weight"),
+        ("train_cam", {"epochs": "many"}, "'many'"),
+        ("evaluate", {"sweep_start": 0.9, "sweep_stop": 0.1}, "sweep_start"),
+        ("export_cams", {"stride": 3}, "export_cams.stride"),
+        ("prepare", {"colour": 1}, "prepare.colour"),
+    ],
+)
+def test_an_error_is_one_line_with_the_name(section, change, words, tree):
+    tree[section] |= change
+    with pytest.raises(UserError) as caught:
+        params.validate(tree, "params.yaml")
+    message = str(caught.value)
+    assert words in message and message.startswith("params.yaml: ") and "\n" not in message
+
+
+def test_a_missing_section_is_named(tree):
+    del tree["evaluate"]
+    with pytest.raises(UserError, match="evaluate: missing"):
+        params.validate(tree, "params.yaml")
+
+
+def test_further_errors_are_counted(tree):
+    tree["train_cam"] |= {"batch": 0, "epochs": 0}
+    with pytest.raises(UserError, match=r"and 1 more"):
+        params.validate(tree, "params.yaml")
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    changed = text.replace("weight_decay: 0.0001", "weight_decay: 1e-4")
+    assert changed != text
+    (tmp_path / "params.yaml").write_text(changed)
+    assert params.load(tmp_path / "params.yaml").train_cam.optimizer.weight_decay == 1e-4
+
+
+@pytest.mark.parametrize("text", ["", "a: [1", "- 1\n- 2\n", "just words"])
+def test_a_file_that_is_no_mapping_is_an_error(text, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        params.load(path)
+
+
+def test_sections_are_frozen(tree):
+    section = params.validate(tree, "here").prepare
+    with pytest.raises(ValueError, match="frozen"):
+        section.seed = 1
+
+
+def test_the_digest_depends_on_every_value(tree):
+    before = params.digest(params.validate(tree, "here").train_cam)
+    assert before == params.digest(params.validate(tree, "here").train_cam)
+    tree["train_cam"]["crf"]["steps"] += 1
+    assert before != params.digest(params.validate(tree, "here").train_cam)
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in ("DVC_ROOT", "ISIM_DATA", "ISIM_SHARED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_paths_have_defaults(clean, tmp_path):
+    assert params.resolve_path("$ISIM_DATA", tmp_path) == tmp_path / "data/raw"
+    assert params.resolve_path("${ISIM_SHARED}/w", tmp_path) == tmp_path.parent / "shared/w"
+
+
+def test_paths_follow_the_environment(clean, monkeypatch, tmp_path):
+    monkeypatch.setenv("ISIM_DATA", str(tmp_path / "elsewhere"))
+    assert params.resolve_path("$ISIM_DATA/voc", Path("/nowhere")) == tmp_path / "elsewhere/voc"
+
+
+def test_paths_are_anchored_on_the_repository_of_dvc(clean, monkeypatch, tmp_path):
+    """`dvc exp run --temp` works in a copy: DVC_ROOT names the repository."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert params.home(Path("/copy")) == tmp_path
+    assert params.resolve_path("mine", Path("/copy")) == tmp_path / "mine"
+
+
+def test_an_unset_variable_in_a_path_is_an_error(clean, tmp_path):
+    with pytest.raises(UserError, match="not set"):
+        params.resolve_path("$ISIM_NO_SUCH_VARIABLE/x", tmp_path)
+
+
+@given(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=20))
+def test_a_plain_relative_path_stays_below_the_home(name):
+    assert params.resolve_path(name, ROOT).parent == params.home(ROOT)
