@@ -108,21 +108,21 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def curves(
-    path: Path,
     rows: Sequence[Mapping[str, Any]],
     x: str,
     columns: Mapping[str, str],
     label: str,
+    path: Path,
     scale: float = 1.0,
 ) -> None:
     """Plot columns of a report table against an integer column (epoch, round) as PNG.
 
     Args:
-        path: File to write.
         rows: At least one row; a NaN interrupts its line.
         x: Column on the horizontal axis.
         columns: Column -> name in the legend.
         label: Caption of the vertical axis, with the unit.
+        path: File to write.
         scale: Factor on the values: 100 shows fractions in percent.
 
     Raises:
@@ -141,15 +141,15 @@ def curves(
 
 
 def class_bars(
-    path: Path, classes: Sequence[str], series: Mapping[str, Sequence[float]], label: str
+    classes: Sequence[str], series: Mapping[str, Sequence[float]], label: str, path: Path
 ) -> None:
     """Plot fractions a class as grouped bars in percent, PNG.
 
     Args:
-        path: File to write.
         classes: L names, drawn from top to bottom.
         series: Name in the legend -> L fractions; NaN (an absent class) has no bar.
         label: Caption of the axis, without the unit.
+        path: File to write.
 
     Raises:
         UserError: As `write_png`.
@@ -174,13 +174,13 @@ def class_bars(
     _save(figure, path)
 
 
-def confusion_heatmap(path: Path, confusion: np.ndarray, classes: Sequence[str]) -> None:
+def confusion_heatmap(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Plot a confusion matrix as PNG, each row (a true class) in percent of its pixels.
 
     Args:
-        path: File to write.
         confusion: (L, L) int64 pixel counts, rows the truth, columns the prediction.
         classes: L names.
+        path: File to write.
 
     Raises:
         UserError: As `write_png`.
