@@ -35,7 +35,7 @@ def table(root: Path) -> str:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; run `dvc repro` first"
         ) from error
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{rounds_path} or {final_path} is damaged ({error}); run `dvc repro` again"
         ) from error
@@ -52,24 +52,19 @@ def _rounds(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _final(metrics: dict[str, object]) -> str:
-    lines = ["Final figures, %"]
-    for name, value in _leaves(metrics):
-        if "miou" not in name:
+def _final(metrics: dict[str, dict[str, float]]) -> str:
+    columns = ("cam_miou", "cam_miou_oracle", "cam_crf_miou")
+    lines = [
+        "mIoU of the final network, %",
+        "split          CAM  CAM, best threshold  CAM + CRF",
+    ]
+    for split, figures in metrics.items():
+        if split.startswith("round_"):
             continue
-        lines.append(f"  {name:<48} {_percent(value):>6}")
+        cam, oracle, refined = (_percent(figures[column]) for column in columns)
+        lines.append(f"{split:<12} {cam:>5}  {oracle:>19}  {refined:>9}")
+    lines.append("(the best threshold is chosen on the masks: an upper bound, not a result)")
     return "\n".join(lines)
-
-
-def _leaves(tree: dict[str, object], prefix: str = "") -> list[tuple[str, float]]:
-    """Dotted names and values of the numbers in a nested report, in its order."""
-    found: list[tuple[str, float]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            found.append((prefix + key, float(value)))
-    return found
 
 
 def _percent(value: str | float) -> str:

@@ -25,6 +25,7 @@ LEVELS = [
     {"isim.params"},
     {
         "isim.engine",
+        "isim.journal",
         "isim.tracking",
         "isim.data",
         "isim.models",
@@ -36,6 +37,7 @@ LEVELS = [
     },
     {"isim.workers"},
     {"isim.regeneration"},
+    {"isim.training"},
     {"isim.stages"},
     {"isim.cli"},
 ]

@@ -224,22 +224,27 @@ def test_results_are_in_percent(project, monkeypatch, capsys):
     write_reports(
         project,
         HEADER + "1,5,0.31234,0.4,0.1,12.34,9\n2,15,0.456,nan,0.0,11,9\n",
-        '{"train": {"cam_miou": 0.5, "images": 240, "oracle": {"miou": 0.625}}}',
+        '{"train": {"cam_miou": 0.5, "cam_miou_oracle": 0.625, "cam_crf_miou": NaN},'
+        ' "round_01": {"pseudo_label_miou": 0.4}}',
     )
     code, out, _ = run_main(monkeypatch, capsys, "results")
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
     assert ["1", "5", "31.2", "40.0", "12.3"] in rows
     assert ["2", "15", "45.6", "-", "11.0"] in rows
-    assert ["train.cam_miou", "50.0"] in rows
-    assert ["train.oracle.miou", "62.5"] in rows
-    assert "240" not in out
+    assert ["train", "50.0", "62.5", "-"] in rows
+    assert "round_01" not in out
     assert "make ui" in out
 
 
 @pytest.mark.parametrize(
     ("rounds", "metrics"),
-    [("round,epoch\n1,5\n", "{}"), (HEADER + "1,5,a,b,0,1,1\n", "{}"), (HEADER, "{")],
+    [
+        ("round,epoch\n1,5\n", "{}"),
+        (HEADER + "1,5,a,b,0,1,1\n", "{}"),
+        (HEADER, "{"),
+        (HEADER, '{"val": 1}'),
+    ],
 )
 def test_damaged_reports_are_an_error(rounds, metrics, project, monkeypatch, capsys):
     write_reports(project, rounds, metrics)
