@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from isim.atomic import atomic_path
-from isim.data.files import voc_palette
 
 # Pixels. A caption fits above the narrowest cell; the widest keep a strip on one screen.
 MIN_CELL, MAX_CELL = 192, 320
@@ -33,7 +32,10 @@ def colorize(label_map: np.ndarray) -> np.ndarray:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    return voc_palette()[label_map]
+    ids, bits, channels = np.arange(256)[:, None, None], np.arange(8)[:, None], np.arange(3)
+    # Bit 3b + c of an id is bit 7 - b of channel c.
+    palette = ((((ids >> (3 * bits + channels)) & 1) << (7 - bits)).sum(1)).astype(np.uint8)
+    return palette[label_map]
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
