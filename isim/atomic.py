@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,14 +38,46 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {path}: {reason}; free space or fix the permissions of "
-            f"{path.parent} and run the same command again"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; rename it to `path` when the block succeeds.
+
+    Args:
+        path: Final path; what it held before is replaced. Its parent is created when missing.
+
+    Yields:
+        An empty folder, removed again when the block fails.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    building = path.with_name(f".{path.name}.part")
+    try:
+        # A killed process leaves its folder behind: same name, so that it is cleared here.
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+        if path.exists():
+            shutil.rmtree(path)
+        building.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(
+        f"cannot write {path}: {reason}; free space or fix the permissions of {path.parent} "
+        "and run the same command again"
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -75,3 +108,25 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder to `target`, replacing it; `target` is never half a copy.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full. The new copy is removed.
+    """
+    building = target.with_name(f".tmp-{target.name}")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.copytree(source, building)
+        shutil.rmtree(target, ignore_errors=True)
+        building.rename(target)
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot write {target}: {reason}; free space or fix the permissions of "
+            f"{target.parent} and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
