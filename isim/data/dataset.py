@@ -12,11 +12,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from isim.data.files import IGNORE, read_image, read_label_map
+from isim.data.files import FORMAT, IGNORE, PREPARED, read_image, read_label_map
 from isim.errors import UserError
-
-FORMAT = 1
-PREPARED = "prepared:"
 
 
 @dataclass(frozen=True)

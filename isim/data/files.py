@@ -1,5 +1,6 @@
 """Images, label maps (palette PNG) and CAMs (npz) on disk. Torch-free."""
 
+import hashlib
 import struct
 import zipfile
 from pathlib import Path
@@ -12,9 +13,22 @@ from isim.errors import UserError
 
 BACKGROUND = 0
 IGNORE = 255
+# Layout of data/prepared, and the prefix of paths that lie inside it.
+FORMAT = 1
+PREPARED = "prepared:"
 
 # All that Pillow raises on damaged files, beyond OSError.
 _DAMAGED = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def file_md5(path: Path) -> str:
+    """Hex md5 of a file's contents.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
 
 
 def read_image(path: Path) -> np.ndarray:
