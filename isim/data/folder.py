@@ -1,0 +1,114 @@
+"""A user's own folder: images/, labels.csv, optional masks/ and classes.txt (spec 2)."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from isim.data.source import Entry, Source, check_labels
+from isim.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# Ids 1..254: 0 is the background, 255 means ignore.
+MAX_CLASSES = 254
+
+
+def read_folder(root: Path, val_fraction: float, seed: int) -> Source:
+    """Read `labels.csv` and the names of images and masks; no image is opened.
+
+    Class ids in masks are 1 + the position in `classes.txt` (one name a line), without that file
+    1 + the position among the sorted label names. Which images are held out as `val` depends on
+    the ids and `seed` only.
+
+    Args:
+        root: The folder.
+        val_fraction: Share of the images in `val`; both splits get one at least.
+        seed: Seed of the draw.
+
+    Raises:
+        UserError: A file or folder is missing or not of the described form.
+    """
+    if not (root / "images").is_dir():
+        raise UserError(f"{root / 'images'} does not exist; put the images there or mend the root")
+    rows = _read_labels(root / "labels.csv")
+    classes = _read_classes(root / "classes.txt") or tuple(
+        sorted({n for _, ns in rows for n in ns})
+    )
+    if not 0 < len(classes) <= MAX_CLASSES:
+        raise UserError(f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible")
+    problems: list[str] = []
+    images = _by_stem(root / "images", SUFFIXES, problems)
+    masks = _by_stem(root / "masks", {".png"}, problems)
+    by_name = {path.name: path for path in images.values()} | images
+    entries: dict[str, Entry] = {}
+    for name, labels in rows:
+        problems += check_labels(labels, classes, f"labels.csv, {name}")
+        path = by_name.get(name)
+        if path is None:
+            problems.append(f"{root / 'images' / name} is missing")
+        elif path.stem in entries:
+            problems.append(f"labels.csv, {name}: this image has more than one row")
+        else:
+            entries[path.stem] = Entry(path, masks.get(path.stem), labels)
+    for stem in sorted(images.keys() - entries.keys()):
+        problems.append(f"{images[stem]} has no row in labels.csv: an image without a label")
+    for stem in sorted(masks.keys() - images.keys()):
+        problems.append(f"{masks[stem]} is the mask of no image")
+    splits = split_ids(sorted(entries), val_fraction, seed)
+    return Source(classes, entries, splits, tuple(problems))
+
+
+def split_ids(ids: list[str], val_fraction: float, seed: int) -> dict[str, tuple[str, ...]]:
+    """Draw `val` out of `ids`; both splits keep their order and, if they can, get one id."""
+    count = min(max(1, round(val_fraction * len(ids))), max(0, len(ids) - 1))
+    drawn = np.random.default_rng(seed).permutation(len(ids))[:count]
+    val = {ids[index] for index in drawn}
+    return {
+        "train": tuple(name for name in ids if name not in val),
+        "val": tuple(name for name in ids if name in val),
+    }
+
+
+def _read_labels(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """(image, sorted distinct label names) of each row."""
+    try:
+        # Spreadsheets put a byte-order mark before the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if not {"image", "labels"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{path} must begin with the header image,labels; add it")
+            rows = [(row["image"] or "", row["labels"] or "") for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if missing else f"is unreadable ({error})"
+        raise UserError(
+            f"{path} {reason}; write one with the columns image,labels in UTF-8"
+        ) from error
+    return [
+        (image.strip(), tuple(sorted({name.strip() for name in names.split(";")} - {""})))
+        for image, names in rows
+    ]
+
+
+def _read_classes(path: Path) -> tuple[str, ...] | None:
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    wrong = sorted({name for name in names if ";" in name or names.count(name) > 1})
+    if wrong or "background" in names:
+        raise UserError(
+            f"{path} must name each class once, without `;` and without background (class 0); "
+            f"mend {', '.join(wrong) or 'background'}"
+        )
+    return tuple(names)
+
+
+def _by_stem(folder: Path, suffixes: set[str], problems: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in found:
+                problems.append(f"{path} and {found[path.stem].name} share one id; rename one")
+            found.setdefault(path.stem, path)
+    return found
