@@ -97,10 +97,11 @@ class Run:
         """Record a picture; pictures of one key form a slider over the steps.
 
         Args:
-            key: Name of the picture: letters, digits and `_-./ ` only.
+            key: Name of the picture; what MLflow does not allow in it becomes `_`.
             image: (H, W, 3) uint8 RGB.
             step: The round.
         """
+        key = re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)
         if (key, step) not in self._images_seen:
             self._images_seen.add((key, step))
             self._try(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
@@ -175,7 +176,7 @@ class Run:
             self._client.create_registered_model(name)
         relative = path.resolve().relative_to(self._root.resolve()).as_posix()
         version = self._client.create_model_version(
-            name, f"dvc:{relative}", self.run_id, tags={"md5": md5(path), "path": relative}
+            name, f"dvc:/{relative}", self.run_id, tags={"md5": md5(path), "path": relative}
         )
         self._client.set_registered_model_alias(name, MODEL_ALIAS, version.version)
 
