@@ -31,15 +31,14 @@ def read_folder(root: Path, val_fraction: float, seed: int) -> Source:
     if not (root / "images").is_dir():
         raise UserError(f"{root / 'images'} does not exist; put the images there or mend the root")
     rows = _read_labels(root / "labels.csv")
-    classes = _read_classes(root / "classes.txt") or tuple(
-        sorted({n for _, ns in rows for n in ns})
-    )
+    named = tuple(sorted({label for _, labels in rows for label in labels}))
+    classes = _read_classes(root / "classes.txt") or named
     if not 0 < len(classes) <= MAX_CLASSES:
         raise UserError(f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible")
     problems: list[str] = []
     images = _by_stem(root / "images", SUFFIXES, problems)
     masks = _by_stem(root / "masks", {".png"}, problems)
-    by_name = {path.name: path for path in images.values()} | images
+    by_name = images | {path.name: path for path in images.values()}
     entries: dict[str, Entry] = {}
     for name, labels in rows:
         problems += check_labels(labels, classes, f"labels.csv, {name}")
@@ -93,7 +92,7 @@ def _read_labels(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 def _read_classes(path: Path) -> tuple[str, ...] | None:
     if not path.exists():
         return None
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     wrong = sorted({name for name in names if ";" in name or names.count(name) > 1})
     if wrong or "background" in names:

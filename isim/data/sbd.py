@@ -77,7 +77,7 @@ def add_trainaug(source: Source, devkit: Path, dataset: Path, masks: Path) -> So
         annotated = (devkit / "Annotations" / f"{name}.xml").exists()
         entry = read_entry(devkit, name, source.classes, need_labels=annotated)
         if not annotated:
-            labels = tuple(name for i, name in enumerate(source.classes, 1) if i in result)
+            labels = tuple(label for i, label in enumerate(source.classes, 1) if i in result)
             entry = replace(
                 entry,
                 labels=labels,

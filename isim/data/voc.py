@@ -53,7 +53,7 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
         path = lists / f"{split}.txt"
         if not path.exists():
             continue
-        ids = path.read_text().split()
+        ids = path.read_text(encoding="utf-8", errors="replace").split()
         splits[split] = tuple(dict.fromkeys(ids))
         for name in splits[split]:
             # Outputs are named after the id.

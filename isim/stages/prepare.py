@@ -11,6 +11,7 @@ from isim.atomic import atomic_directory, write_csv, write_json
 from isim.data import folder, sbd, shapes, voc
 from isim.data.files import FORMAT, PREPARED
 from isim.data.source import Checked, Source, verify
+from isim.errors import UserError
 from isim.params import Prepare, resolve_path
 from isim.tracking import stage_run
 
@@ -28,7 +29,12 @@ def run(params: Prepare, root: Path) -> None:
         with atomic_directory(root / "data" / "prepared") as out:
             inside = params.source == "shapes"
             data_root = out if inside else resolve_path(params.root, root)
-            source = _read(params, data_root, out)
+            try:
+                source = _read(params, data_root, out)
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {error.filename}: {error.strerror}; fix its permissions"
+                ) from error
             checked = verify(source)
             about = {
                 "format": FORMAT,

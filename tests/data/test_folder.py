@@ -38,6 +38,16 @@ def test_images_labels_and_masks(tmp_path):
     assert verify(source)["b"].labels_without_pixels == 0
 
 
+def test_a_file_name_wins_over_an_equal_stem(tmp_path):
+    source = read_folder(
+        make_folder(tmp_path, ["a.jpg,x", "a.jpg.png,y"], ("a.jpg", "a.jpg.png")), 0.5, 0
+    )
+    assert {name: entry.labels for name, entry in source.entries.items()} == {
+        "a": ("x",),
+        "a.jpg": ("y",),
+    }
+
+
 def test_classes_file_decides_the_order(tmp_path):
     root = make_folder(tmp_path, ROWS)
     (root / "classes.txt").write_text("dog\ncat\n\nbat\nape\n")

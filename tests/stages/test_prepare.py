@@ -218,6 +218,17 @@ def test_unwritable_project_and_full_disk(project, make_devkit, monkeypatch):
         prepare.run(params("voc"), project)
 
 
+def test_unreadable_source(project, make_devkit, monkeypatch):
+    make_devkit(project.parent / "raw", SPLITS)
+
+    def denied(*arguments):
+        raise PermissionError(13, "Permission denied", "lists")
+
+    monkeypatch.setattr(voc, "read_devkit", denied)
+    with pytest.raises(UserError, match="cannot read lists: Permission denied; fix"):
+        prepare.run(params("voc"), project)
+
+
 def test_no_source(project):
     with pytest.raises(UserError, match="prepare.download: true"):
         prepare.run(params("voc"), project)
