@@ -163,12 +163,16 @@ class TrainCam(Section):
 
 
 class ExportCams(Section):
-    """CAMs of the final checkpoint, stored at a stride (spec 4)."""
+    """CAMs of the final checkpoint, stored at a stride (spec 4).
+
+    At `threshold` the stage reports what storing at the stride changes.
+    """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)]
     scales: Scales
     flip: bool
     stride: Literal[1, 2, 4, 8]
+    threshold: Fraction
     precision: Precision
 
 

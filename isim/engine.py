@@ -1,0 +1,195 @@
+"""Device, precision, seeding, poly learning rate, saving and resuming a training run."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from isim import atomic
+from isim.errors import UserError
+
+
+def default_device() -> torch.device:
+    """`$ISIM_DEVICE` if set, else the first CUDA device, else the CPU.
+
+    Raises:
+        UserError: `$ISIM_DEVICE` names a device that torch cannot use.
+    """
+    name = os.environ.get("ISIM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"ISIM_DEVICE: torch cannot use '{name}' here; unset it or set it to cpu"
+        ) from error
+    return device
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Move a network to `device`, its convolutions channels-last (faster on every device)."""
+    network.to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def worker_count() -> int:
+    """Number of helper processes: `$ISIM_WORKERS`, else the usable CPU cores.
+
+    Raises:
+        UserError: `$ISIM_WORKERS` is no number of at least 0.
+    """
+    text = os.environ.get("ISIM_WORKERS")
+    if text is None:
+        return len(os.sched_getaffinity(0))
+    if not text.isdigit():
+        raise UserError(f"ISIM_WORKERS: expected a number such as 2, got '{text}'")
+    return int(text)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Turn `auto` into bf16 where the device computes it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast context of a resolved precision; a no-op for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def seed_all(*parts: int) -> None:
+    """Seed Python, NumPy and torch from integers, e.g. the run's seed and the epoch.
+
+    Seeding anew every epoch makes a resumed run draw what an unbroken one draws.
+    """
+    value = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def poly_factor(step: int, horizon: int, power: float) -> float:
+    """Factor of the learning rate, (1 - t/T)^power; constant after the horizon (spec 3.4)."""
+    return (1 - min(step, horizon - 1) / horizon) ** power
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its `initial_lr` times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def sgd(
+    groups: Sequence[tuple[nn.Module, float]], momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """SGD over modules with a rate each; the rates are kept as `initial_lr`."""
+    return torch.optim.SGD(
+        [
+            {"params": list(module.parameters()), "lr": rate, "initial_lr": rate}
+            for module, rate in groups
+        ],
+        lr=0.0,
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; `metadata` goes into its header."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic.write_bytes(path, save(plain, metadata))
+
+
+def save_state(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+) -> None:
+    """Write what a run needs to go on: weights, optimizer buffers, JSON progress."""
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for index, buffers in optimizer.state_dict()["state"].items():
+        for name, value in buffers.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+    save_tensors(path, tensors, {"progress": json.dumps(progress)})
+
+
+def read_progress(path: Path, digest: str) -> dict[str, Any] | None:
+    """Progress of a saved state, or None when there is none of the same `digest`."""
+    try:
+        with safe_open(path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError):
+        return None
+    return progress if progress.get("digest") == digest else None
+
+
+def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Undo `save_state` in place (the networks' memory format is kept)."""
+    weights: dict[str, Tensor] = {}
+    buffers: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            kind, name = key.split(".", 1)
+            if kind == "network":
+                weights[name] = file.get_tensor(key)
+            else:
+                index, name = name.split(".", 1)
+                buffers.setdefault(int(index), {})[name] = file.get_tensor(key)
+    network.load_state_dict(weights)
+    state = optimizer.state_dict()
+    state["state"] = buffers
+    optimizer.load_state_dict(state)
+
+
+def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]) -> str:
+    """Digest of what a run depends on: its parameters, its inputs and the code.
+
+    Args:
+        section_digest: Digest of the stage's parameters.
+        inputs: Files or folders whose contents count.
+        code: Source files.
+
+    Returns:
+        16 hex digits. A saved state of another digest is not resumed.
+    """
+    total = hashlib.sha256(section_digest.encode())
+    for path in [*inputs, *code]:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(file.name.encode())
+                total.update(hashlib.sha256(file.read_bytes()).digest())
+    # Bit-equality holds for one torch and one thread count only.
+    total.update(f"{torch.__version__} {torch.get_num_threads()}".encode())
+    return total.hexdigest()[:16]
+
+
+def code_files() -> list[Path]:
+    """Source files that a result may depend on: all but the command line, MLflow and pictures."""
+    package = Path(__file__).parent
+    aside = {"cli.py", "__main__.py", "preset.py", "results.py", "tracking.py", "viz.py"}
+    return [path for path in sorted(package.rglob("*.py")) if path.name not in aside]
+
+
+@contextlib.contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Use `count` CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

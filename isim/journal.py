@@ -1,0 +1,50 @@
+"""A file of finished images, so that an interrupted pass goes on where it stopped."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+
+class Journal:
+    """One JSON line an image, appended as it is finished and readable after kill -9.
+
+    Args:
+        path: The file; its folder must exist. Lines of an earlier pass are read back.
+
+    Attributes:
+        lines: What is known, by image id.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there and open the file for more."""
+        self.lines: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            text = path.read_text()
+            # A kill in the middle of a write leaves a last line without its end: cut it off.
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                os.truncate(path, len(whole.encode()))
+            self.lines = {line["id"]: line for line in map(json.loads, whole.splitlines())}
+        self._file = path.open("a")
+
+    def __enter__(self) -> Self:
+        """Return the journal; the file is closed with the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append one image's line; its `id` must be set."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.lines[line["id"]] = line
+
+    def keep(self, finished: Iterator[str]) -> None:
+        """Forget the lines of images that are not in `finished` (their outputs are gone)."""
+        names = set(finished)
+        self.lines = {name: line for name, line in self.lines.items() if name in names}

@@ -1,0 +1,1 @@
+"""From CAMs to label maps: arrays in, arrays out."""

@@ -1,0 +1,29 @@
+"""Seed: the hard label map of CAMs by a threshold, before any refinement (spec 5)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+BACKGROUND = 0
+
+
+def seed(
+    cam: NDArray[np.float32], class_ids: NDArray[np.int64], threshold: float
+) -> NDArray[np.uint8]:
+    """Put a constant background plane above the CAM planes and take the argmax.
+
+    Args:
+        cam: (K', H, W) CAMs of the labelled classes, in [0, 1]; K' may be 0.
+        class_ids: (K',) label of each plane, 1..K.
+        threshold: Height of the background plane (0.3 in the paper, 4.1). A CAM must rise
+            above it: a tie is background.
+
+    Returns:
+        (H, W) labels, 0 = background.
+    """
+    if len(class_ids) == 0:
+        return np.zeros(cam.shape[1:], np.uint8)
+    best = cam.argmax(0)
+    height = np.take_along_axis(cam, best[None], 0)[0]
+    labels = np.asarray(class_ids, np.uint8)[best]
+    labels[height <= threshold] = BACKGROUND
+    return labels

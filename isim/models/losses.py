@@ -1,0 +1,25 @@
+"""Losses of the ISIM loop (paper 3.2, Eq. 2-3)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+
+
+def modified_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel cross-entropy that leaves out crops without any foreground pixel (Eq. 2-3).
+
+    IGNORE does not count as foreground. The mean is over the pixels that count; without any
+    the loss is 0 and so is every gradient.
+
+    Args:
+        logits: (B, L, H, W).
+        labels: (B, H, W) int64, 0 background, 255 ignored.
+
+    Returns:
+        The loss, a scalar, and the number of crops left out, an int64 scalar.
+    """
+    foreground = ((labels > 0) & (labels != IGNORE)).flatten(1).any(1)  # (B,)
+    labels = labels.masked_fill(~foreground[:, None, None], IGNORE)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1), (~foreground).sum()

@@ -1,0 +1,213 @@
+"""Regeneration of pseudo-labels: CAM, seed, dCRF, PNG and scores, streamed and overlapped.
+
+The network computes the next CAMs while worker processes refine the last ones. Only a bounded
+number of images is in flight, so memory does not grow with the data set.
+"""
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isim import engine, metrics
+from isim.data import files
+from isim.data.dataset import Item
+from isim.errors import UserError
+from isim.journal import Journal
+from isim.labels import seeds
+from isim.models.cam import CamConfig, CamNetwork
+from isim.models.inference import multi_scale_cam
+from isim.params import Crf
+from isim.workers import RefineResult, RefineTask, dense, refine_image, start_worker
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class CamSettings:
+    """How CAMs are computed (spec 4); `precision` is resolved: fp32 or bf16."""
+
+    scales: tuple[float, ...]
+    flip: bool
+    precision: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Result of a pass over a split.
+
+    `seed_confusion` and `label_confusion` are (L, L) int64 before and after dCRF, over the
+    `scored` images that have a ground truth; `masked_share` is the share of images whose
+    label holds no foreground (paper Eq. 3); `seconds` and `computed` tell the speed.
+    """
+
+    seed_confusion: NDArray[np.int64]
+    label_confusion: NDArray[np.int64]
+    scored: int
+    masked_share: float
+    seconds: float
+    computed: int
+
+    def row(self) -> dict[str, float]:
+        """Headline figures under their names in reports and MLflow; nan without any mask."""
+        return {
+            "cam_miou": metrics.miou(self.seed_confusion),
+            "pseudo_label_miou": metrics.miou(self.label_confusion),
+            "masked_share": self.masked_share,
+            "seconds": self.seconds,
+            "images_per_second": self.computed / self.seconds if self.seconds else 0.0,
+        }
+
+
+def class_ids(item: Item) -> NDArray[np.int64]:
+    """Labels 1..K of an image's classes, ascending."""
+    return np.flatnonzero(item.image_label) + 1
+
+
+def cams(
+    network: CamNetwork,
+    config: CamConfig,
+    items: Sequence[Item],
+    settings: CamSettings,
+    device: torch.device,
+) -> Iterator[tuple[Item, Tensor]]:
+    """Yield each item with its (K', H, W) CAMs on `device`, images decoded ahead."""
+    network.eval()
+    with ThreadPoolExecutor(2) as pool:
+        for item, image in ahead(pool, lambda item: files.read_image(item.image), items, 4):
+            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
+            ids = torch.from_numpy(class_ids(item)).to(device)
+            with engine.autocast(settings.precision, device):
+                cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
+            yield item, cam
+
+
+def regenerate(
+    network: CamNetwork,
+    config: CamConfig,
+    items: Sequence[Item],
+    labels: Path,
+    scratch: Path,
+    settings: CamSettings,
+    threshold: float,
+    crf: Crf,
+    pictured: Collection[str],
+    device: torch.device,
+) -> Scores:
+    """Make the pseudo-labels of one round (paper Algorithm 1, line 8) and score them.
+
+    Runs again after an interruption with the same arguments, it computes only the images
+    that are not done.
+
+    Args:
+        network: Gives the CAMs; left in evaluation mode.
+        config: Its configuration.
+        items: Images of the split.
+        labels: Folder of the palette PNGs, `<id>.png`.
+        scratch: Folder of what a resumed pass needs: `progress.jsonl`, CAMs of `pictured`.
+        settings: Scales, flip and precision of the CAMs.
+        threshold: Height of the background plane.
+        crf: Settings of the dCRF.
+        pictured: Ids whose full-resolution CAMs are kept in `scratch`.
+        device: Where the network is.
+
+    Returns:
+        Scores over all items, also those of an earlier, interrupted pass.
+
+    Raises:
+        UserError: An unreadable image, a failed write, or a worker that died.
+    """
+    start = time.perf_counter()
+    num_labels = len(config.classes) + 1
+    labels.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    for leftover in [*labels.glob(".tmp-*"), *scratch.glob(".tmp-*")]:
+        leftover.unlink()
+    with Journal(scratch / "progress.jsonl") as journal:
+        journal.keep(path.stem for path in labels.glob("*.png"))
+        missing = [item for item in items if item.id not in journal.lines]
+
+        def tasks() -> Iterator[RefineTask]:
+            for item, cam in cams(network, config, missing, settings, device):
+                ids = class_ids(item)
+                planes = cam.cpu().numpy()
+                if item.id in pictured:
+                    files.write_cam(scratch / f"{item.id}.npz", planes, ids, planes.shape[1:])
+                seed = seeds.seed(planes, ids, threshold)
+                out = labels / f"{item.id}.png"
+                yield RefineTask(item.id, item.image, seed, ids, crf, item.mask, out, num_labels)
+
+        for result in refine_all(tasks()):
+            journal.add(asdict(result))
+        lines = [journal.lines[item.id] for item in items]
+
+    seed_confusion = np.zeros((num_labels, num_labels), np.int64)
+    label_confusion = np.zeros_like(seed_confusion)
+    for line in lines:
+        seed_confusion += dense(line["seed_counts"], num_labels)
+        label_confusion += dense(line["label_counts"], num_labels)
+    return Scores(
+        seed_confusion,
+        label_confusion,
+        scored=sum(item.mask is not None for item in items),
+        masked_share=sum(line["masked"] for line in lines) / len(items),
+        seconds=time.perf_counter() - start,
+        computed=len(missing),
+    )
+
+
+def refine_all(tasks: Iterable[RefineTask]) -> Iterator[RefineResult]:
+    """Run `refine_image` over a stream in `engine.worker_count()` processes (0: in this one).
+
+    Results come in the order of the tasks; twice as many tasks as workers are in flight.
+
+    Raises:
+        UserError: From a task, or when a worker died.
+    """
+    workers = engine.worker_count()
+    if workers == 0:
+        yield from map(refine_image, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        for _, result in ahead(pool, refine_image, tasks, 2 * workers):
+            yield result
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a dCRF worker process died (out of memory?); run the same command again with a "
+            f"smaller ISIM_WORKERS than {workers}: finished images are kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ahead(
+    pool: ProcessPoolExecutor | ThreadPoolExecutor,
+    function: Callable[[A], B],
+    stream: Iterable[A],
+    depth: int,
+) -> Iterator[tuple[A, B]]:
+    """Map in order with at most `depth` calls submitted ahead of the consumer."""
+    source = iter(stream)
+    waiting: deque[tuple[A, Future[B]]] = deque()
+    for value in islice(source, depth):
+        waiting.append((value, pool.submit(function, value)))
+    while waiting:
+        value, future = waiting.popleft()
+        result = future.result()
+        for following in islice(source, 1):
+            waiting.append((following, pool.submit(function, following)))
+        yield value, result

@@ -1,0 +1,1 @@
+"""One module a stage; see design in README.md."""

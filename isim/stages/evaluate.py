@@ -1,0 +1,203 @@
+"""Score CAMs, CAM + dCRF and every round's pseudo-labels (spec 8)."""
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from isim import atomic, metrics, pictures, tracking, viz
+from isim.data import files
+from isim.data.dataset import Item, load_prepared
+from isim.errors import UserError
+from isim.params import Evaluate, resolve_path
+from isim.regeneration import class_ids, refine_all
+from isim.workers import RefineTask, dense
+
+
+def run(params: Evaluate, root: Path) -> None:
+    """Run the stage: CAMs and pseudo-labels against the ground truth, to reports/evaluate.
+
+    Images without a ground truth are left out; where none has one, there is nothing to score
+    and the reports say so with nan.
+
+    Args:
+        params: Section `evaluate`.
+        root: Project folder.
+
+    Raises:
+        UserError: No CAMs, no prepared data, a missing or unreadable file.
+    """
+    prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
+    names = ("background", *prepared.classes)
+    count = round((params.sweep_stop - params.sweep_start) / params.sweep_step) + 1
+    grid = params.sweep_start + params.sweep_step * np.arange(count)
+    # The fixed threshold is one of the sweep, so that oracle >= fixed holds by construction.
+    thresholds = np.unique(np.round([*grid, params.threshold], 6)).astype(np.float32)
+    fixed = int(np.argmin(np.abs(thresholds - params.threshold)))
+    cams, reports = root / "data/cams", root / "reports/evaluate"
+    splits = sorted(path.name for path in cams.glob("*") if path.is_dir())
+    if not splits:
+        raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
+
+    confusions: dict[str, NDArray[np.int64]] = {}
+    report: dict[str, dict[str, Any]] = {}
+    sweep: list[dict[str, Any]] = []
+    inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
+    with tracking.stage_run("evaluate", params, root, inputs) as tracked:
+        for split in splits:
+            items = [item for item in prepared.split(split) if item.mask is not None]
+            shown = pictures.choose(items, params.pictures)
+            with tempfile.TemporaryDirectory() as refined_labels:
+                at_thresholds, refined = _score_cams(
+                    items,
+                    cams / split,
+                    params,
+                    thresholds,
+                    fixed,
+                    len(names),
+                    {item.id: Path(refined_labels) / f"{item.id}.png" for item in shown},
+                )
+                for item in shown:
+                    cells = pictures.strip(
+                        item,
+                        cams / split / f"{item.id}.npz",
+                        Path(refined_labels) / f"{item.id}.png",
+                    )
+                    viz.write_png(reports / f"pictures/{split}/{item.id}.png", cells)
+                    tracked.image(f"{split}/{item.id}", cells, step=0)
+            mious = [metrics.miou(confusion) for confusion in at_thresholds]
+            oracle = int(np.nanargmax(mious)) if items else fixed
+            confusions[f"{split}_cam"] = at_thresholds[fixed]
+            confusions[f"{split}_cam_crf"] = refined
+            report[split] = {
+                "images": len(items),
+                **_figures("cam", at_thresholds[fixed]),
+                "cam_miou_oracle": mious[oracle],
+                "oracle_threshold": float(thresholds[oracle]),
+                **_figures("cam_crf", refined),
+            }
+            sweep += [
+                {"split": split, "threshold": f"{threshold:.3f}", "cam_miou": value}
+                for threshold, value in zip(thresholds, mious, strict=True)
+            ]
+            tracked.metrics({f"{split}_{k}": v for k, v in report[split].items()})
+        known = {item.id: item for items in prepared.splits.values() for item in items}
+        for folder in sorted((root / "data/pseudo_labels").glob("round_*")):
+            confusion = _score_labels(folder, known, len(names))
+            confusions[folder.name] = confusion
+            report[folder.name] = _figures("pseudo_label", confusion)
+            tracked.metrics(report[folder.name], step=int(folder.name.removeprefix("round_")))
+        tracked.headline(
+            {
+                f"{split}_{k}": report[split][k]
+                for split in splits
+                for k in ("cam_miou", "cam_crf_miou")
+            }
+        )
+        per_class = _per_class(confusions, names)
+        tracked.table("per_class", per_class)
+        atomic.write_csv(reports / "sweep.csv", sweep)
+        atomic.write_csv(reports / "per_class.csv", per_class)
+        atomic.write_csv(reports / "confusion.csv", _pairs(confusions, names))
+        _draw(reports / "pictures", confusions, names)
+        atomic.write_json(reports / "metrics.json", report)
+
+
+def _draw(folder: Path, confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]) -> None:
+    for source, confusion in confusions.items():
+        viz.confusion_heatmap(confusion, names, folder / f"confusion_{source}.png")
+    series = {source: metrics.iou(confusion).tolist() for source, confusion in confusions.items()}
+    viz.class_bars(names, series, "IoU", folder / "per_class.png")
+
+
+def _score_cams(
+    items: list[Item],
+    folder: Path,
+    params: Evaluate,
+    thresholds: NDArray[np.float32],
+    fixed: int,
+    num_labels: int,
+    outs: dict[str, Path],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Confusion matrices (T, L, L) of the seeds and (L, L) of the fixed seed after dCRF.
+
+    The label maps after dCRF are written for the images that `outs` names.
+    """
+    totals = np.zeros((len(thresholds), num_labels, num_labels), np.int64)
+
+    def tasks() -> Iterator[RefineTask]:
+        for item in items:
+            assert item.mask is not None
+            planes, ids, (height, width) = files.read_cam(folder / f"{item.id}.npz")
+            truth = files.read_label_map(item.mask)
+            best = np.zeros((height, width), np.uint8)
+            top = np.zeros((height, width), np.float32)
+            for plane, label in zip(planes, ids, strict=True):
+                grown = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
+                best[grown > top] = label
+                np.maximum(top, grown, out=top)
+            totals[:] += metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
+            seed = np.where(top > thresholds[fixed], best, 0).astype(np.uint8)
+            yield RefineTask(
+                item.id,
+                item.image,
+                seed,
+                class_ids(item),
+                params.crf,
+                item.mask,
+                outs.get(item.id),
+                num_labels,
+            )
+
+    refined = np.zeros((num_labels, num_labels), np.int64)
+    progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
+    for result in progress:
+        refined += dense(result.label_counts, num_labels)
+    return totals, refined
+
+
+def _score_labels(folder: Path, known: dict[str, Item], num_labels: int) -> NDArray[np.int64]:
+    confusion = np.zeros((num_labels, num_labels), np.int64)
+    for path in sorted(folder.glob("*.png")):
+        item = known.get(path.stem)
+        if item is not None and item.mask is not None:
+            confusion += metrics.confusion_matrix(
+                files.read_label_map(item.mask), files.read_label_map(path), num_labels
+            )
+    return confusion
+
+
+def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
+    precision, recall = metrics.precision_recall(confusion)
+    return {
+        f"{name}_miou": metrics.miou(confusion),
+        f"{name}_precision": precision,
+        f"{name}_recall": recall,
+    }
+
+
+def _per_class(
+    confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    return [
+        {"source": source, "class": name, "iou": float(value)}
+        for source, confusion in confusions.items()
+        for name, value in zip(names, metrics.iou(confusion), strict=True)
+    ]
+
+
+def _pairs(
+    confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    return [
+        {"source": source, "actual": actual, "predicted": predicted, "pixels": int(pixels)}
+        for source, confusion in confusions.items()
+        for actual, row in zip(names, confusion, strict=True)
+        for predicted, pixels in zip(names, row, strict=True)
+    ]

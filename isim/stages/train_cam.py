@@ -1,0 +1,239 @@
+"""Train with the ISIM loop (paper Algorithm 1): warm-up, then rounds of pseudo-labels.
+
+Resume rule: after every epoch the state (weights, optimizer, figures so far) is saved; a round
+keeps a journal of finished images. The same command continues from there as long as the
+parameters, the prepared data and the code are the same, and ends as if never interrupted.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from isim import atomic, engine, metrics, pictures, tracking, training, viz
+from isim.data import files
+from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
+from isim.errors import UserError
+from isim.models import cam
+from isim.params import TrainCam, digest, home, resolve_path
+from isim.regeneration import CamSettings, Scores, regenerate
+
+
+def run(params: TrainCam, root: Path) -> None:
+    """Run the stage: data/prepared to models/train_cam, data/pseudo_labels and reports.
+
+    Args:
+        params: Section `train_cam`.
+        root: Project folder.
+
+    Raises:
+        UserError: Unusable data, weights or parameters; a loss that is not finite.
+    """
+    prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
+    items, held_out = prepared.split(params.split), prepared.split(params.eval_split)
+    if params.method != "cam" and min(params.batch, len(items)) < 2:
+        raise UserError("train_cam.batch: the decoder's batch statistics need at least 2 images")
+    device = engine.default_device()
+    precision = engine.resolve_precision(params.precision, device)
+    weights = resolve_path(params.weights, root)
+    engine.seed_all(params.seed)
+    config = _config(params, prepared)
+    network = cam.build(config)
+    cam.load_encoder_weights(network, params.encoder, params.weights, weights)
+    engine.place(network, device)
+    optimizer = training.make_optimizer(network, params)
+
+    resume = home(root) / ".isim/resume/train_cam"
+    key = engine.run_digest(
+        digest(params),
+        [root / "data/prepared", *([weights] if weights.is_file() else [])],
+        engine.code_files(),
+    )
+    state = resume / "state.safetensors"
+    progress = engine.read_progress(state, key)
+    if progress is None:
+        shutil.rmtree(resume, ignore_errors=True)
+        progress = {"digest": key, "epochs": []}
+    else:
+        engine.load_state(state, network, optimizer)
+        tqdm.write(f"train_cam: continues after epoch {len(progress['epochs'])}")
+
+    shown = pictures.choose(items, params.pictures)
+    settings = CamSettings(params.scales, params.flip, precision)
+    dataset = CropDataset(items, params.crop, config.mean, config.std, params.seed, None)
+    with tracking.stage_run(
+        "train_cam", params, root, {"data/prepared": root / "data/prepared"}
+    ) as tracked:
+
+        def finish_round(epoch: int) -> None:
+            """Make the round's labels (or the rest of them), then train on them."""
+            number = params.round_epochs.index(epoch) + 1
+            name = f"round_{number:02d}"
+            labels = resume / "pseudo_labels" / name
+            record = resume / f"{name}.json"
+            if not record.exists():
+                engine.save_tensors(
+                    resume / "models" / f"{name}.safetensors",
+                    network.state_dict(),
+                    config.to_metadata(),
+                )
+                scores = regenerate(
+                    network,
+                    config,
+                    items,
+                    labels,
+                    resume / name,
+                    settings,
+                    params.threshold,
+                    params.crf,
+                    {item.id for item in shown},
+                    device,
+                )
+                row = {"round": number, "epoch": epoch, **scores.row()}
+                atomic.write_json(
+                    record, {"row": row, "per_class": _per_class(number, prepared, scores)}
+                )
+                tqdm.write(
+                    f"{name} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
+                    f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
+                    f"{row['images_per_second']:.1f} images/s"
+                )
+                tracked.metrics(
+                    {k: v for k, v in row.items() if k not in ("round", "epoch")}, step=number
+                )
+                for item in shown:
+                    row_of_cells = _strip(item, resume, name)
+                    tracked.image(f"pictures/{item.id}", row_of_cells, step=number)
+            if params.method != "cam":
+                dataset.label_paths = {item.id: labels / f"{item.id}.png" for item in items}
+
+        rows = progress["epochs"]
+        for epoch in range(1, params.epochs + 1):
+            if epoch > len(rows):
+                row = training.train_epoch(
+                    network, optimizer, dataset, params, epoch, precision, device
+                )
+                figures = training.classify(
+                    network, config, held_out, params.crop, precision, device
+                )
+                row = {"epoch": epoch, **row, **{f"val_{k}": v for k, v in figures.items()}}
+                rows.append(row)
+                tracked.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
+                tracked.flush()
+                engine.save_state(state, network, optimizer, progress)
+                tqdm.write(
+                    f"epoch {epoch}/{params.epochs}: classification "
+                    f"{row['classification_loss']:.4f}, segmentation "
+                    f"{row['segmentation_loss']:.4f}, val mAP {row['val_class_map']:.3f}"
+                )
+            if epoch in params.round_epochs:
+                finish_round(epoch)
+
+        engine.save_tensors(
+            resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
+        )
+        rounds = [
+            json.loads((resume / f"round_{number:02d}.json").read_text())
+            for number in range(1, len(params.round_epochs) + 1)
+        ]
+        _publish(root, resume, rounds, rows, shown)
+        _report(params, root, rounds, rows, precision, items)
+        last = rounds[-1]["row"]
+        tracked.headline({k: last[k] for k in ("cam_miou", "pseudo_label_miou")})
+        tracked.table("per_class", [row for entry in rounds for row in entry["per_class"]])
+        tracked.artifact_file(root / "reports/train_cam/rounds.csv")
+        tracked.register_model("cam", root / "models/train_cam/model.safetensors")
+    shutil.rmtree(resume)
+
+
+def _config(params: TrainCam, prepared: Prepared) -> cam.CamConfig:
+    mean, std = cam.normalization(params.encoder, params.input_norm)
+    return cam.CamConfig(
+        method=params.method,
+        encoder=params.encoder,
+        output_stride=params.output_stride,
+        encoder_norm=params.encoder_norm,
+        atrous_rates=params.atrous_rates,
+        decoder_channels=params.decoder_channels,
+        classes=prepared.classes,
+        mean=mean,
+        std=std,
+    )
+
+
+def _per_class(number: int, prepared: Prepared, scores: Scores) -> list[dict[str, Any]]:
+    before, after = metrics.iou(scores.seed_confusion), metrics.iou(scores.label_confusion)
+    names = ("background", *prepared.classes)
+    return [
+        {"round": number, "class": name, "cam_iou": float(b), "pseudo_label_iou": float(a)}
+        for name, b, a in zip(names, before, after, strict=True)
+    ]
+
+
+def _strip(item: Item, resume: Path, name: str) -> np.ndarray:
+    label = resume / "pseudo_labels" / name / f"{item.id}.png"
+    return pictures.strip(item, resume / name / f"{item.id}.npz", label)
+
+
+def _publish(
+    root: Path,
+    resume: Path,
+    rounds: list[dict[str, Any]],
+    epochs: list[dict[str, Any]],
+    shown: list[Item],
+) -> None:
+    """Write outs and plots from the resume folder, which stays until all are written."""
+    atomic.copy_tree(resume / "models", root / "models/train_cam")
+    atomic.copy_tree(resume / "pseudo_labels", root / "data/pseudo_labels")
+    names = [f"round_{entry['row']['round']:02d}" for entry in rounds]
+    folder = root / "reports/train_cam/pictures"
+    for item in shown:
+        strips = [_strip(item, resume, name) for name in names]
+        viz.write_png(folder / f"{item.id}.png", np.concatenate(strips))
+    if shown:
+        labels = [
+            [files.read_label_map(resume / f"pseudo_labels/{name}/{item.id}.png") for name in names]
+            for item in shown
+        ]
+        images = [files.read_image(item.image) for item in shown]
+        viz.write_png(folder / "rounds.png", viz.rounds_grid(images, labels))
+    mious = {"cam_miou": "CAM (before dCRF)", "pseudo_label_miou": "pseudo-label (after dCRF)"}
+    viz.curves([e["row"] for e in rounds], "round", mious, "mIoU (%)", folder / "miou.png", 100)
+    losses = {"classification_loss": "classification", "segmentation_loss": "segmentation"}
+    viz.curves(epochs, "epoch", losses, "loss", folder / "losses.png")
+
+
+def _report(
+    params: TrainCam,
+    root: Path,
+    rounds: list[dict[str, Any]],
+    epochs: list[dict[str, Any]],
+    precision: str,
+    items: tuple[Item, ...],
+) -> None:
+    """Write reports/train_cam: a row a round, an epoch, a class, and the headline."""
+    reports = root / "reports/train_cam"
+    atomic.write_csv(reports / "rounds.csv", [entry["row"] for entry in rounds])
+    atomic.write_csv(reports / "epochs.csv", epochs)
+    per_class = [row for entry in rounds for row in entry["per_class"]]
+    atomic.write_csv(reports / "per_class.csv", per_class)
+    last = rounds[-1]["row"]
+    atomic.write_json(
+        reports / "metrics.json",
+        {
+            "method": params.method,
+            "optimizer_profile": params.optimizer.profile,
+            "precision": precision,
+            "images": len(items),
+            "scored_images": sum(item.mask is not None for item in items),
+            "rounds": len(rounds),
+            "cam_miou": last["cam_miou"],
+            "pseudo_label_miou": last["pseudo_label_miou"],
+            "masked_share": last["masked_share"],
+            **{k: v for k, v in epochs[-1].items() if k.startswith(("train_", "val_"))},
+        },
+    )
