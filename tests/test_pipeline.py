@@ -1,0 +1,164 @@
+"""The real pipeline under DVC and MLflow: preset `tiny` in a repository of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+STAGES = list(YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"])
+
+
+def run(folder, *command):
+    """Standard output of a command that must succeed, free of the caller's settings."""
+    ours = ("DVC_", "GIT_", "ISIM_", "MLFLOW_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    state = folder.parent / "dvc_state"
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "DVC_GLOBAL_CONFIG_DIR": str(state / "global"),
+        "DVC_SYSTEM_CONFIG_DIR": str(state / "system"),
+        "DVC_SITE_CACHE_DIR": str(state / "site"),
+        "ISIM_DEVICE": "cpu",
+        "ISIM_WORKERS": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commit(folder, message):
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", message)
+
+
+def stages_run(output):
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A repository like a fresh clone of this one, with preset `tiny` run and committed."""
+    folder = tmp_path_factory.mktemp("pipeline") / "project"
+    listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        # A listed file can be deleted in the working tree.
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    run(folder, "git", "init", "--quiet")
+    run(folder, "git", "config", "user.name", "Tester")
+    run(folder, "git", "config", "user.email", "tester@example.org")
+    run(folder, "isim", "preset", "tiny")
+    commit(folder, "Start")
+    assert stages_run(run(folder, "dvc", "repro")) == STAGES
+    commit(folder, "Run tiny")
+    return folder
+
+
+@pytest.fixture
+def project(finished):
+    """The finished repository, whatever the test before left behind."""
+    run(finished, "git", "checkout", "--quiet", "--", ".")
+    run(finished, "dvc", "checkout", "--force", "--quiet")
+    return finished
+
+
+def test_a_run_leaves_a_clean_tree_and_the_result_table(project):
+    assert run(project, "git", "status", "--porcelain") == ""
+    table = run(project, "isim", "results")
+    rows = [line.split() for line in table.splitlines()]
+    assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == ["1", "2"]
+    assert {"train", "val"} <= {row[0] for row in rows if row}
+    for place in ("reports/", "data/pseudo_labels/", "make ui"):
+        assert place in table
+
+
+def test_a_second_repro_runs_nothing(project):
+    assert stages_run(run(project, "dvc", "repro")) == []
+
+
+def test_all_plots_are_drawn(project):
+    run(project, "dvc", "plots", "show")
+    page = (project / "dvc_plots/index.html").read_text()
+    for plot in YAML(typ="safe").load((project / "dvc.yaml").read_text())["plots"]:
+        assert next(iter(plot.values()))["title"] in page
+
+
+def test_push_then_pull_one_round_then_everything_elsewhere(project):
+    run(project, "dvc", "push", "--run-cache")
+    clone = project.parent / "clone"
+    run(project, "git", "clone", "--quiet", str(project), str(clone))
+    remote = str(project / "dvc-remote")
+    run(clone, "dvc", "remote", "modify", "--local", "local", "url", remote)
+
+    run(clone, "dvc", "pull", "data/pseudo_labels/round_02")
+    labels = sorted(path.name for path in (project / "data/pseudo_labels/round_02").iterdir())
+    assert len(labels) > 1
+    pulled = [path for path in (clone / "data").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in pulled) == labels
+    assert {path.parent for path in pulled} == {clone / "data/pseudo_labels/round_02"}
+    assert not (clone / "models").exists()
+
+    run(clone, "dvc", "pull", "--run-cache")
+    assert stages_run(run(clone, "dvc", "repro")) == []
+    assert run(clone, "git", "status", "--porcelain") == ""
+    for name in ("data/cams/val", "data/pseudo_labels/round_01", "models/train_cam"):
+        here, there = ([p.name for p in sorted((f / name).iterdir())] for f in (project, clone))
+        assert here == there != []
+
+
+def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(project, monkeypatch):
+    lock = (project / "dvc.lock").read_text()
+
+    done = run(project, "dvc", "exp", "run", "--name", "other-seed", "-S", "train_cam.seed=1")
+    assert stages_run(done) == ["train_cam", "export_cams", "evaluate"]
+    assert (project / "dvc.lock").read_text() != lock
+
+    run(project, "isim", "preset", "tiny")
+    back = run(project, "dvc", "repro")
+    assert stages_run(back) == []
+    assert back.count("is cached - skipping run") == 3
+    assert (project / "dvc.lock").read_text() == lock
+    assert run(project, "git", "status", "--porcelain") == "", "figures are the first run's again"
+
+    options = ("--temp", "--name", "in-a-copy", "-S", "evaluate.threshold=0.45")
+    assert stages_run(run(project, "dvc", "exp", "run", *options)) == ["evaluate"]
+    assert run(project, "git", "status", "--porcelain") == "", "the copy leaves this tree alone"
+
+    names = run(project, "dvc", "exp", "list", "--name-only").split()
+    assert sorted(names) == ["in-a-copy", "other-seed"]
+    figures = run(project, "dvc", "exp", "show", "--csv")
+    assert all(name in figures for name in names)
+    # Set before the import, which would start to send usage figures.
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    check_tracking(project)
+
+
+def check_tracking(project):
+    """Every execution is one parent run with a child a stage that ran, in one database."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("isim")
+    assert experiment.artifact_location == (project / "mlartifacts").as_uri()
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    parents = {run.info.run_id: run for run in runs if run.data.tags["stage"] == "pipeline"}
+    children: dict[str, list[str]] = {}
+    for child in runs:
+        if child.info.run_id not in parents:
+            parent = parents[child.data.tags["mlflow.parentRunId"]]
+            children.setdefault(parent.info.run_name, []).append(child.data.tags["stage"])
+    assert sorted(children.pop("other-seed")) == ["evaluate", "export_cams", "train_cam"]
+    assert children.pop("in-a-copy") == ["evaluate"]
+    (first,) = children.values()
+    assert sorted(first) == sorted(STAGES)
