@@ -42,7 +42,10 @@ def table(root: Path) -> str:
 
 
 def _rounds(rows: list[dict[str, str]]) -> str:
-    lines = ["mIoU on the training images, %", "round  epoch     CAM  pseudo-label  seconds"]
+    lines = [
+        "mIoU on the training images, % (-: no masks to compare with)",
+        "round  epoch     CAM  pseudo-label  seconds",
+    ]
     for row in rows:
         cam, label = (_percent(row[key]) for key in ("cam_miou", "pseudo_label_miou"))
         seconds = float(row["seconds"])
@@ -69,5 +72,4 @@ def _final(metrics: dict[str, dict[str, float]]) -> str:
 
 def _percent(value: str | float) -> str:
     number = float(value)
-    # Without any mask there is nothing to compare with.
     return "-" if math.isnan(number) else f"{100 * number:.1f}"
