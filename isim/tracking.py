@@ -118,13 +118,18 @@ class Run:
         self._try(lambda: self._write_table(f"{name}.json", {"columns": columns, "data": data}))
 
     def headline(self, values: Mapping[str, float]) -> None:
-        """Record final figures here and, as `<stage>.<name>`, on the parent: the leaderboard."""
+        """Record final figures on the parent, the leaderboard, as `<stage>.<name>`, and here.
+
+        Here only those without a history: a last point at step 0 would spoil its curve.
+        """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        own = [Metric(name, float(value), now, 0) for name, value in values.items()]
-        copies = [Metric(f"{self._stage}.{m.key}", m.value, now, 0) for m in own]
-        self._try(lambda: self._client.log_batch(self.run_id, metrics=own))
+        known = {name for name, _ in self._metrics_seen}
+        self.metrics({name: value for name, value in values.items() if name not in known})
+        copies = [
+            Metric(f"{self._stage}.{name}", float(value), now, 0) for name, value in values.items()
+        ]
         self._try(lambda: self._client.log_batch(self._parent_id, metrics=copies))
 
     def artifact_file(self, path: Path) -> None:
@@ -374,7 +379,9 @@ def _experiment(client: "MlflowClient", uri: str, root: Path) -> str:
     # working directory, which `dvc exp run --temp` deletes.
     remote = uri.startswith(("http://", "https://"))
     artifacts = None if remote else (home(root) / "mlartifacts").as_uri()
-    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+    # Opens the user interface on runs and curves instead of on traces of language models.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts, tags=kind))
 
 
 def _mark_dead_runs(client: "MlflowClient", experiment: str) -> None:
@@ -436,8 +443,11 @@ def _child(
         if same and run.info.status != "FINISHED" and not running:
             _reopen(client, run.info.run_id, {**tags, "isim.resumed": "true"})
             return client.get_run(run.info.run_id)
+    # The legend of a comparison shows names only: a stage's word would stand there twice.
     new = client.create_run(
-        experiment, tags={**tags, "mlflow.parentRunId": parent_id}, run_name=stage
+        experiment,
+        tags={**tags, "mlflow.parentRunId": parent_id},
+        run_name=f"{stage} {tags['isim.pipeline']}",
     )
     for run in current:
         client.set_tag(run.info.run_id, "isim.superseded_by", new.info.run_id)
