@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` and wrong usag
 """
 
 import errno
+import os
 import signal
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ def _params() -> "Params":
 
 def main() -> None:
     """Entry point: errors of the user become one line and exit code 2."""
+    # Network threads share the cores with dCRF workers and loaders: one that spins while it waits
+    # takes their time. Read by OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Without this a terminated run would skip its context managers: MLflow would show it as
     # running for ever, and worker processes would outlive it.
     signal.signal(signal.SIGTERM, _terminate)
