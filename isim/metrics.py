@@ -117,19 +117,26 @@ def classification_figures(
         scores: (N, K) logits; a class is predicted where its logit is above 0.
 
     Returns:
-        `sample_average_precision` (the paper's "accuracy", Table 1), `element_accuracy` and
-        `class_map` (mean average precision over the classes with a positive image).
+        `sample_average_precision` (the paper's "accuracy", Table 1; over the images with a
+        class), `element_accuracy` and `class_map` (mean average precision over the classes with
+        a positive image). The first and the last are nan where no image has a class.
     """
     # Imported here: the CRF workers import this module and need none of scikit-learn.
-    from sklearn.metrics import average_precision_score
+    from sklearn.metrics import average_precision_score, label_ranking_average_precision_score
 
-    occurs = labels.any(0)
-    return {
-        "sample_average_precision": float(
-            average_precision_score(labels, scores, average="samples")
-        ),
-        "element_accuracy": float(((scores > 0) == (labels > 0)).mean()),
-        "class_map": float(
+    with_class, occurs = labels.any(1), labels.any(0)
+    ranking = class_map = float("nan")
+    if with_class.any():
+        # The same figure as average_precision_score(average="samples"), which takes a single
+        # class for something else.
+        ranking = float(
+            label_ranking_average_precision_score(labels[with_class], scores[with_class])
+        )
+        class_map = float(
             average_precision_score(labels[:, occurs], scores[:, occurs], average="macro")
-        ),
+        )
+    return {
+        "sample_average_precision": ranking,
+        "element_accuracy": float(((scores > 0) == (labels > 0)).mean()),
+        "class_map": class_map,
     }
