@@ -1,0 +1,90 @@
+"""The dCRF: label sets, degenerate inputs, and what it is for."""
+
+import numpy as np
+import pydensecrf.densecrf as densecrf
+import pytest
+
+from isim.labels.crf import refine
+from isim.params import Crf
+
+PAPER = Crf(
+    steps=10,
+    gt_prob=0.7,
+    gaussian_sxy=3,
+    gaussian_compat=3,
+    bilateral_sxy=50,
+    bilateral_srgb=5,
+    bilateral_compat=10,
+)
+
+
+def noise(height=20, width=31):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    return image, rng.choice(np.array([0, 4, 9], np.uint8), (height, width))
+
+
+def test_equals_pydensecrf_with_a_unary_written_by_hand():
+    image, seed = noise()
+    compact = np.searchsorted([0, 4, 9], seed).ravel()
+    # 0.7 for the label of the seed, the rest shared by the others (zero_unsure False).
+    probability = np.full((3, seed.size), 0.3 / 2, np.float32)
+    probability[compact, np.arange(seed.size)] = 0.7
+    field = densecrf.DenseCRF2D(seed.shape[1], seed.shape[0], 3)
+    field.setUnaryEnergy(-np.log(probability))
+    field.addPairwiseGaussian(sxy=3, compat=3)
+    field.addPairwiseBilateral(sxy=50, srgb=5, rgbim=image, compat=10)
+    marginals = np.array(field.inference(10)).reshape(3, *seed.shape)
+    found = refine(image, seed, np.array([4, 9]), PAPER)
+    assert found.dtype == np.uint8
+    assert (found == np.array([0, 4, 9])[marginals.argmax(0)]).all()
+    assert (found != seed).any()
+
+
+def test_the_order_of_the_classes_does_not_matter():
+    image, seed = noise()
+    first = refine(image, seed, np.array([4, 9]), PAPER)
+    assert (first == refine(image, seed, np.array([9, 4]), PAPER)).all()
+
+
+def test_zero_steps_keep_the_seed():
+    image, seed = noise()
+    settings = PAPER.model_copy(update={"steps": 0})
+    assert (refine(image, seed, np.array([4, 9]), settings) == seed).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_without_classes_stays_background():
+    image, _ = noise()
+    label = refine(image, np.zeros(image.shape[:2], np.uint8), np.zeros(0, np.int64), PAPER)
+    assert label.dtype == np.uint8 and not label.any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_seed_of_one_label_stays_as_it_is():
+    image, _ = noise()
+    for value in (0, 9):
+        seed = np.full(image.shape[:2], value, np.uint8)
+        assert (refine(image, seed, np.array([4, 9]), PAPER) == value).all()
+
+
+def test_an_image_that_is_no_contiguous_array_is_refined_too():
+    image, seed = noise()
+    mirrored = refine(image[:, ::-1], seed[:, ::-1], np.array([4, 9]), PAPER)
+    assert (
+        mirrored
+        == refine(np.ascontiguousarray(image[:, ::-1]), seed[:, ::-1], np.array([4, 9]), PAPER)
+    ).all()
+
+
+def test_a_coarse_seed_is_drawn_to_the_edges_of_the_image():
+    """A red object on blue ground; the seed misses its border by 3 pixels all around."""
+    truth = np.zeros((40, 60), np.uint8)
+    truth[10:30, 15:45] = 6
+    image = np.where(truth[..., None] > 0, np.uint8([200, 30, 30]), np.uint8([30, 30, 200]))
+    seed = np.zeros_like(truth)
+    seed[13:27, 18:42] = 6
+    assert (seed != truth).mean() > 0.1
+    refined = refine(image, seed, np.array([6]), PAPER)
+    assert set(np.unique(refined)) == {0, 6}
+    assert (refined != truth).mean() < 0.005

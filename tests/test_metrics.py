@@ -1,0 +1,159 @@
+"""Scores against slow, obvious versions of themselves."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from isim import metrics
+from isim.labels.seeds import seed
+
+L = 4
+SIDES = st.integers(1, 7)
+
+
+def label_maps(shape, ignore):
+    labels = [*range(L), *([255] if ignore else [])]
+    return hnp.arrays(np.uint8, shape, elements=st.sampled_from(labels))
+
+
+@st.composite
+def pairs(draw):
+    shape = (draw(SIDES), draw(SIDES))
+    return draw(label_maps(shape, True)), draw(label_maps(shape, False))
+
+
+def slow_confusion(truth, prediction):
+    counts = np.zeros((L, L), int)
+    for t, p in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True):
+        if t != 255:
+            counts[t, p] += 1
+    return counts
+
+
+def slow_iou(pixel_pairs, label):
+    both = sum(t == label and p == label for t, p in pixel_pairs)
+    either = sum(t == label or p == label for t, p in pixel_pairs)
+    return both / either if either else None
+
+
+@given(pairs())
+def test_confusion_counts_every_pixel_but_the_ignored(pair):
+    confusion = metrics.confusion_matrix(*pair, L)
+    assert confusion.dtype == np.int64
+    assert (confusion == slow_confusion(*pair)).all()
+
+
+@given(pairs(), pairs())
+def test_figures_of_a_split_are_those_of_all_its_pixels(first, second):
+    """One matrix a split: not the mean of the images' figures (spec 10)."""
+    confusion = metrics.confusion_matrix(*first, L) + metrics.confusion_matrix(*second, L)
+    pixels = [
+        (t, p)
+        for truth, prediction in (first, second)
+        for t, p in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True)
+        if t != 255
+    ]
+    expected = [slow_iou(pixels, label) for label in range(L)]
+    found = metrics.iou(confusion)
+    assert [None if np.isnan(v) else v for v in found] == pytest.approx(expected)
+    present = [value for value in expected if value is not None]
+    if present:
+        assert metrics.miou(confusion) == pytest.approx(sum(present) / len(present))
+    else:
+        assert np.isnan(metrics.miou(confusion))
+    precision, recall = metrics.precision_recall(confusion)
+    hits = sum(t == p != 0 for t, p in pixels)
+    predicted, true = sum(p != 0 for _, p in pixels), sum(t != 0 for t, _ in pixels)
+    assert precision == pytest.approx(hits / predicted if predicted else np.nan, nan_ok=True)
+    assert recall == pytest.approx(hits / true if true else np.nan, nan_ok=True)
+
+
+def test_labels_and_counts_do_not_overflow():
+    truth = np.full((3, 5), 254, np.uint8)
+    confusion = metrics.confusion_matrix(truth, truth, 255)
+    assert confusion[254, 254] == 15 and confusion.sum() == 15
+    # COCO has more pixels than int32 counts.
+    whole = confusion * 2**31
+    assert metrics.miou(whole) == 1 and whole[254, 254] == 15 * 2**31
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction"),
+    [([[0, L]], [[0, 0]]), ([[0, 0]], [[0, L]]), ([[0, 0]], [[0, 255]]), ([[0, 0]], [[0]])],
+)
+def test_wrong_labels_and_sizes_are_refused(truth, prediction):
+    with pytest.raises(ValueError):
+        metrics.confusion_matrix(np.array(truth, np.uint8), np.array(prediction, np.uint8), L)
+
+
+@st.composite
+def cams(draw):
+    """CAMs on a coarse grid of values, so that ties with the thresholds happen."""
+    height, width = draw(SIDES), draw(SIDES)
+    ids = np.array(sorted(draw(st.sets(st.integers(1, L - 1)))), np.int64)
+    values = st.sampled_from(np.linspace(0, 1, 11).astype(np.float32))
+    planes = draw(hnp.arrays(np.float32, (len(ids), height, width), elements=values))
+    return draw(label_maps((height, width), True)), planes, ids
+
+
+@settings(max_examples=200)
+@given(cams())
+def test_a_sweep_equals_a_seed_at_every_threshold(case):
+    truth, planes, ids = case
+    thresholds = np.array([0.1, 0.3, 0.5, 0.7], np.float32)
+    if len(ids):
+        best, height = ids[planes.argmax(0)].astype(np.uint8), planes.max(0)
+    else:
+        best, height = np.zeros(truth.shape, np.uint8), np.zeros(truth.shape, np.float32)
+    found = metrics.sweep_confusion(truth, best, height, thresholds, L)
+    assert found.dtype == np.int64 and found.shape == (4, L, L)
+    for threshold, confusion in zip(thresholds.tolist(), found, strict=True):
+        expected = metrics.confusion_matrix(truth, seed(planes, ids, threshold), L)
+        assert (confusion == expected).all()
+
+
+def test_classification_figures_by_hand():
+    labels = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    scores = np.array([[2, 1, -1], [3, 1, -2]], np.float32)
+    figures = metrics.classification_figures(labels, scores)
+    # Image 1 ranks its class first (1), image 2 second (1/2).
+    assert figures["sample_average_precision"] == pytest.approx(0.75)
+    # Wrong: class 2 of image 1 and class 1 of image 2.
+    assert figures["element_accuracy"] == pytest.approx(4 / 6)
+    # Class 1 ranks image 1 second (1/2); class 2 is a tie of both (1/2); class 3 never occurs.
+    assert figures["class_map"] == pytest.approx(0.5)
+
+
+def test_classification_figures_of_a_perfect_network():
+    labels = np.array([[1, 0, 1], [0, 1, 1]], np.float32)
+    figures = metrics.classification_figures(labels, 10 * labels - 5)
+    assert figures == {"sample_average_precision": 1, "element_accuracy": 1, "class_map": 1}
+
+
+@given(st.data())
+def test_sample_average_precision_is_the_mean_over_images(data):
+    """Also with a single class, where scikit-learn's average over samples is another figure."""
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    labels = data.draw(hnp.arrays(np.float32, shape, elements=st.sampled_from([0.0, 1.0])))
+    scores = data.draw(hnp.arrays(np.float32, shape, elements=st.integers(-2, 2).map(float)))
+    expected = []
+    for label, score in zip(labels.astype(bool), scores, strict=True):
+        precisions = [label[score >= s].mean() for s in score[label]]
+        if precisions:
+            expected.append(np.mean(precisions))
+    found = metrics.classification_figures(labels, scores)["sample_average_precision"]
+    assert found == pytest.approx(np.mean(expected) if expected else np.nan, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_without_a_class_do_not_spoil_the_figures():
+    """Only pictures without any object in a batch: nothing to rank, yet no crash."""
+    labels = np.array([[1, 0], [0, 0]], np.float32)
+    scores = np.array([[1, -1], [-1, -1]], np.float32)
+    figures = metrics.classification_figures(labels, scores)
+    assert figures == {"sample_average_precision": 1, "element_accuracy": 1, "class_map": 1}
+    empty = metrics.classification_figures(np.zeros((2, 2), np.float32), scores)
+    assert np.isnan(empty["sample_average_precision"]) and np.isnan(empty["class_map"])
+    assert empty["element_accuracy"] == pytest.approx(0.75)
