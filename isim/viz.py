@@ -56,19 +56,23 @@ def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
 
 
 def picture_strip(
-    image: np.ndarray, truth: np.ndarray | None, cam: np.ndarray, label: np.ndarray
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    cam: np.ndarray,
+    label: np.ndarray,
+    columns: int = 4,
 ) -> np.ndarray:
-    """Image, ground truth, CAM and pseudo-label side by side (a row of the paper's Fig. 5).
+    """Image, ground truth, CAM and pseudo-label side by side, with captions.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         truth: (H, W) uint8, or None when the image has no ground truth.
         cam: (h, w) float in [0, 1], the maximum over the labelled classes.
         label: (H, W) uint8.
+        columns: Pictures a row. 2 for MLflow, which shows thumbnails of at most 256 pixels.
 
     Returns:
-        (H', W', 3) uint8 RGB with captions; the same size whether or not there is a truth, so
-        that a slider over rounds does not jump.
+        (H', W', 3) uint8 RGB; the same size whether or not there is a truth.
     """
     shown = colorize(truth) if truth is not None else np.full_like(image, 255)
     cells = [
@@ -77,7 +81,9 @@ def picture_strip(
         (cam_overlay(image, cam), PHOTO, "CAM"),
         (colorize(label), LABEL, "pseudo-label"),
     ]
-    return _row(cells, min(max(image.shape[1], MIN_CELL), MAX_CELL), CAPTION)
+    width = min(max(image.shape[1], MIN_CELL), MAX_CELL)
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    return np.concatenate([_row(row, width, CAPTION) for row in rows])
 
 
 def rounds_grid(

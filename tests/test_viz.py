@@ -37,6 +37,14 @@ def test_strip_is_captioned_and_keeps_label_colours(shape):
         assert caption.min() < 100 < caption.max()
 
 
+def test_strip_may_be_folded():
+    image, label = np.full((50, 70, 3), 7, np.uint8), np.ones((50, 70), np.uint8)
+    flat = viz.picture_strip(image, None, np.zeros((50, 70)), label)
+    folded = viz.picture_strip(image, None, np.zeros((50, 70)), label, columns=2)
+    half = (flat.shape[1] + viz.GAP) // 2
+    assert (folded == np.concatenate([flat[:, :half], flat[:, half - viz.GAP :]])).all()
+
+
 def test_strip_has_the_same_size_without_a_ground_truth():
     image, label = np.zeros((50, 70, 3), np.uint8), np.ones((50, 70), np.uint8)
     with_truth = viz.picture_strip(image, label, np.zeros((50, 70)), label)
