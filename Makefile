@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # dvc.yaml runs `isim`, which must be the one of this virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -45,5 +46,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo 'pydensecrf2 compiles: install g++ (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+# pydensecrf2 demands a Cython that cannot build for Python 3.13: build it with a newer one.
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then \
+	  $(INSTALL) Cython setuptools wheel && $(INSTALL) --no-build-isolation pydensecrf2; fi
+	$(INSTALL) -e '.[dev]'
 	touch $@
