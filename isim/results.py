@@ -55,7 +55,7 @@ def _rounds(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _final(metrics: dict[str, dict[str, float]]) -> str:
+def _final(metrics: dict[str, dict[str, float | None]]) -> str:
     columns = ("cam_miou", "cam_miou_oracle", "cam_crf_miou")
     lines = [
         "mIoU of the final network, %",
@@ -70,6 +70,6 @@ def _final(metrics: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(value: str | float) -> str:
-    number = float(value)
+def _percent(value: str | float | None) -> str:
+    number = float("nan") if value is None else float(value)
     return "-" if math.isnan(number) else f"{100 * number:.1f}"

@@ -94,9 +94,9 @@ def run(params: TrainCam, root: Path) -> None:
                     device,
                 )
                 row = {"round": number, "epoch": epoch, **scores.row()}
-                atomic.write_json(
-                    record, {"row": row, "per_class": _per_class(number, prepared, scores)}
-                )
+                # Not write_json: without masks the figures are nan and must come back as nan.
+                entry = {"row": row, "per_class": _per_class(number, prepared, scores)}
+                atomic.write_text(record, json.dumps(entry))
                 tqdm.write(
                     f"{name} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
                     f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
