@@ -24,7 +24,7 @@ def run(params: Evaluate, root: Path) -> None:
     """Run the stage: CAMs and pseudo-labels against the ground truth, to reports/evaluate.
 
     Images without a ground truth are left out; where none has one, there is nothing to score
-    and the reports say so with nan.
+    and the reports say so with nan (null in JSON).
 
     Args:
         params: Section `evaluate`.
@@ -35,7 +35,9 @@ def run(params: Evaluate, root: Path) -> None:
     """
     prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
     names = ("background", *prepared.classes)
-    count = round((params.sweep_stop - params.sweep_start) / params.sweep_step) + 1
+    # Up to sweep_stop, not beyond; the margin is for steps such as 0.05, which are no binary
+    # fractions.
+    count = int((params.sweep_stop - params.sweep_start) / params.sweep_step + 1e-6) + 1
     grid = params.sweep_start + params.sweep_step * np.arange(count)
     # The fixed threshold is one of the sweep, so that oracle >= fixed holds by construction.
     thresholds = np.unique(np.round([*grid, params.threshold], 6)).astype(np.float32)
@@ -72,7 +74,7 @@ def run(params: Evaluate, root: Path) -> None:
                     viz.write_png(reports / f"pictures/{split}/{item.id}.png", cells)
                     tracked.image(f"{split}/{item.id}", cells, step=0)
             mious = [metrics.miou(confusion) for confusion in at_thresholds]
-            oracle = int(np.nanargmax(mious)) if items else fixed
+            oracle = int(np.nanargmax(mious)) if np.isfinite(mious).any() else fixed
             confusions[f"{split}_cam"] = at_thresholds[fixed]
             confusions[f"{split}_cam_crf"] = refined
             report[split] = {
