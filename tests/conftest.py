@@ -1,14 +1,20 @@
 """Fixtures that several test modules share."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from isim import params
+
 VOC_NAMES = {"bird": 3, "cat": 8, "cow": 10, "dog": 12, "person": 15}
 MakeDevkit = Callable[..., Path]
+ROOT = Path(__file__).parent.parent
+TINY = params.load(ROOT / "isim/presets/tiny.yaml")
 
 
 def _make_devkit(
@@ -42,3 +48,86 @@ def _make_devkit(
 @pytest.fixture
 def make_devkit() -> MakeDevkit:
     return _make_devkit
+
+
+class Recorder:
+    """Takes the place of MLflow, which has its own tests and costs seconds."""
+
+    run_id = "none"
+
+    def __init__(self):
+        self.figures = {}
+        self.pictures = set()
+
+    def metrics(self, values, step=None):
+        self.figures |= {(name, step): value for name, value in values.items()}
+
+    def image(self, key, image, step):
+        self.pictures.add((key, step))
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def _record(monkeypatch):
+    recorder = Recorder()
+
+    @contextmanager
+    def stage_run(*_, **__):
+        yield recorder
+
+    monkeypatch.setattr("isim.tracking.stage_run", stage_run)
+    monkeypatch.setattr("isim.stages.prepare.stage_run", stage_run)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "ISIM_DATA", "ISIM_SHARED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ISIM_DEVICE", "cpu")
+    monkeypatch.setenv("ISIM_WORKERS", "0")
+    return recorder
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Stages run in this process, on the CPU without helpers, and report to the recorder."""
+    return _record(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Parameters of the preset `tiny`."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def prepared_project(tmp_path_factory):
+    """A project folder after stage `prepare` of preset `tiny`; never change it, copy it."""
+    from isim.stages import prepare
+
+    root = tmp_path_factory.mktemp("prepared")
+    shutil.copy(ROOT / "isim/presets/tiny.yaml", root / "params.yaml")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _record(monkeypatch)
+        prepare.run(TINY.prepare, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished_project(prepared_project, tmp_path_factory):
+    """A project folder after all four stages of preset `tiny`; never change it, copy it."""
+    from isim import engine
+    from isim.stages import evaluate, export_cams, train_cam
+
+    root = tmp_path_factory.mktemp("finished") / "project"
+    shutil.copytree(prepared_project, root)
+    with pytest.MonkeyPatch.context() as monkeypatch, engine.intra_op_threads(1):
+        _record(monkeypatch)
+        train_cam.run(TINY.train_cam, root)
+        export_cams.run(TINY.export_cams, root)
+        evaluate.run(TINY.evaluate, root)
+    return root
+
+
+@pytest.fixture
+def project(prepared_project, tmp_path, recorder):
+    """A prepared project of the test's own."""
+    shutil.copytree(prepared_project, tmp_path / "project")
+    return tmp_path / "project"
