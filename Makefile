@@ -45,6 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo 'isim needs Python >= 3.11; set it by: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo 'pydensecrf2 compiles: install g++ (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
+	@echo 'installing into $(VENV): a few minutes, 6 GB'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # pydensecrf2 demands a Cython that cannot build for Python 3.13: build it with a newer one.
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then \
