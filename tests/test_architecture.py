@@ -35,7 +35,7 @@ LEVELS = [
         "isim.preset",
         "isim.results",
     },
-    {"isim.workers"},
+    {"isim.workers", "isim.pictures"},
     {"isim.regeneration"},
     {"isim.training"},
     {"isim.stages"},

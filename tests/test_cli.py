@@ -224,7 +224,7 @@ def test_results_are_in_percent(project, monkeypatch, capsys):
     write_reports(
         project,
         HEADER + "1,5,0.31234,0.4,0.1,12.34,9\n2,15,0.456,nan,0.0,11,9\n",
-        '{"train": {"cam_miou": 0.5, "cam_miou_oracle": 0.625, "cam_crf_miou": NaN},'
+        '{"train": {"cam_miou": 0.5, "cam_miou_oracle": 0.625, "cam_crf_miou": null},'
         ' "round_01": {"pseudo_label_miou": 0.4}}',
     )
     code, out, _ = run_main(monkeypatch, capsys, "results")
