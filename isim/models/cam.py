@@ -3,6 +3,7 @@
 `cam` has no decoder (the baseline); `deeplabcam` adds the one of DeepLabv3 (paper 3.2.1).
 """
 
+import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[flo
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     config = timm.get_pretrained_cfg(encoder)
     if config is None:
-        close = timm.list_models(f"*{encoder.split('.')[0][:6]}*")[:5]
+        close = difflib.get_close_matches(encoder.split(".")[0], timm.list_models(), n=5)
         hint = f"; similar: {', '.join(close)}" if close else ""
         raise UserError(f"train_cam.encoder: timm has no encoder '{encoder}'{hint}")
     return tuple(config.mean), tuple(config.std)
@@ -199,6 +200,9 @@ def load_encoder_weights(network: CamNetwork, encoder: str, weights: str, path: 
     with torch.device("meta"):
         full = set(timm.create_model(encoder.split(".")[0]).state_dict())
     own = model.state_dict()
+    # Some of timm's feature extractors name `stages.0` `stages_0`.
+    flat = {key: key.replace(".", "_", 1) for key in state}
+    state = {key if key in own or flat[key] not in own else flat[key]: state[key] for key in state}
     foreign = [key for key in state if key not in own and key not in full]
     if any("decoder" in k or "aspp" in k or "segmentation" in k or ".convs." in k for k in foreign):
         raise UserError(
@@ -234,13 +238,17 @@ def _file_state(path: Path) -> dict[str, Tensor]:
             f"train_cam.weights: no file {path}; give imagenet, none or an existing file"
         )
     try:
-        if path.suffix in {".pth", ".pt"}:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
-    except Exception as error:
+        if path.suffix not in {".pth", ".pt"}:
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("no plain mapping of names to tensors")
+    except Exception as error:  # both libraries raise whatever their code meets
         raise UserError(
-            f"train_cam.weights: {path} is not a readable safetensors file; fetch it again"
+            f"train_cam.weights: {path} is not a readable file of weights (safetensors, or a "
+            ".pth that holds names and tensors alone); fetch it again"
         ) from error
+    return state
 
 
 def load(path: Path) -> tuple[CamNetwork, CamConfig]:
