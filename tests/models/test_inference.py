@@ -1,0 +1,131 @@
+"""CAMs over scales and flips against a plain version of the definition (spec 4)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+
+from isim import engine
+from isim.models import cam
+from isim.models.inference import multi_scale_cam, normalize
+
+SCALES = (1.0, 0.5, 1.5, 2.0)
+CONFIG = cam.CamConfig(
+    method="cam",
+    encoder="resnet10t",
+    output_stride=16,
+    encoder_norm="batch",
+    atrous_rates=(),
+    decoder_channels=16,
+    classes=("a", "b", "c"),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    built = cam.build(CONFIG)
+    # Both signs, else ReLU has nothing to cut off.
+    torch.nn.init.normal_(built.classifier.weight)
+    return built.eval()
+
+
+def picture(height=80, width=113):
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(1, 3, 6, 8, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return (255 * smooth[0]).to(torch.uint8)
+
+
+def plain_cam(network, image, class_ids, scales, flip):
+    """One image at a time, contiguous, fp32, no batch of flips."""
+    height, width = image.shape[1:]
+    total = torch.zeros(len(class_ids), height, width)
+    mean, std = torch.tensor(CONFIG.mean)[:, None, None], torch.tensor(CONFIG.std)[:, None, None]
+    for scale in scales:
+        scaled = TF.resize(image, [round(height * scale), round(width * scale)], antialias=True)
+        maps = []
+        for mirrored in (False, True) if flip else (False,):
+            view = scaled.flip(-1) if mirrored else scaled
+            features = network.encoder(((view / 255 - mean) / std)[None])[-1]
+            scores = F.conv2d(features, network.classifier.weight)[0, class_ids - 1].relu()
+            maps.append(scores.flip(-1) if mirrored else scores)
+        summed = torch.stack(maps).sum(0)
+        total += F.interpolate(summed[None], (height, width), mode="bilinear")[0]
+    return total / (total.flatten(1).max(1).values[:, None, None] + 1e-5)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), SCALES])
+def test_equals_one_image_at_a_time(network, scales, flip):
+    ids = torch.tensor([3, 1])
+    with torch.no_grad():
+        expected = plain_cam(network, picture(), ids, scales, flip)
+    found = multi_scale_cam(network, CONFIG, picture(), ids, scales, flip)
+    assert found.dtype == torch.float32 and found.shape == (2, 80, 113)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert found.min() >= 0 and 0.99 < found.max() <= 1
+
+
+def test_channels_last_changes_nothing(network):
+    other = cam.build(CONFIG)
+    other.load_state_dict(network.state_dict())
+    engine.place(other.eval(), torch.device("cpu"))
+    ids = torch.tensor([1, 2, 3])
+    plain, placed = (
+        multi_scale_cam(n, CONFIG, picture(), ids, SCALES, True) for n in (network, other)
+    )
+    torch.testing.assert_close(placed, plain, rtol=0, atol=1e-4)
+
+
+def test_bf16_is_close(network):
+    ids = torch.tensor([1, 2, 3])
+    full = multi_scale_cam(network, CONFIG, picture(), ids, (1.0,), True)
+    with engine.autocast("bf16", torch.device("cpu")):
+        half = multi_scale_cam(network, CONFIG, picture(), ids, (1.0,), True)
+    assert half.dtype == torch.float32 and half.max() <= 1
+    assert 0 < (half - full).abs().mean() < 0.02
+
+
+def test_the_cam_of_the_mirror_image_is_the_mirrored_cam(network):
+    ids = torch.tensor([1, 2, 3])
+    there = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, True)
+    back = multi_scale_cam(network, CONFIG, picture().flip(-1), ids, SCALES, True).flip(-1)
+    torch.testing.assert_close(back, there, rtol=0, atol=2e-3)
+    one_sided = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, False)
+    mirrored = multi_scale_cam(network, CONFIG, picture().flip(-1), ids, SCALES, False).flip(-1)
+    assert (one_sided - mirrored).abs().max() > 0.05, "without flips it is not"
+
+
+def test_each_class_is_scaled_by_its_own_maximum(network):
+    alone = multi_scale_cam(network, CONFIG, picture(), torch.tensor([2]), SCALES, True)
+    three = multi_scale_cam(network, CONFIG, picture(), torch.tensor([1, 2, 3]), SCALES, True)
+    torch.testing.assert_close(three[1:2], alone, rtol=0, atol=1e-5)
+
+
+def test_an_image_without_classes_has_no_planes(network):
+    ids = torch.zeros(0, dtype=torch.int64)
+    found = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, True)
+    assert found.shape == (0, 80, 113)
+
+
+def test_a_class_that_is_seen_nowhere_stays_zero(network):
+    silent = cam.build(CONFIG).eval()
+    silent.load_state_dict(network.state_dict())
+    silent.classifier.weight.data.zero_()
+    found = multi_scale_cam(silent, CONFIG, picture(), torch.tensor([1]), SCALES, True)
+    assert not found.any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (33, 2)])
+def test_tiny_and_narrow_images_have_cams_too(network, size):
+    found = multi_scale_cam(network, CONFIG, picture(*size), torch.tensor([1]), SCALES, True)
+    assert found.shape == (1, *size) and torch.isfinite(found).all()
+
+
+def test_normalize():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    found = normalize(images, (0.0, 0.5, 0.1), (1.0, 0.25, 0.5))
+    assert found.flatten().tolist() == pytest.approx([0, 2, 0.2])
