@@ -38,6 +38,8 @@ EXPERIMENT = "isim"
 MODEL_ALIAS = "current"
 # A log_batch call costs 6 ms (sqlite) to 58 ms (server): at most one every so many seconds.
 FLUSH_SECONDS = 5.0
+# A store that fails faster (a closed port) costs nothing to ask again, a silent one does.
+SILENT_SECONDS = 1.0
 # Limits of one log_batch request.
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
 
@@ -48,7 +50,8 @@ class Run:
     """What a stage may do with its MLflow run.
 
     No method raises when the store is lost: the first failure is one warning, then everything
-    but metrics is dropped. Metrics stay buffered and are offered once more when the stage ends.
+    but metrics is dropped. Metrics stay buffered and are offered once more when the stage ends,
+    unless the store was not lost but silent, which would hold the stage up again.
 
     Attributes:
         run_id: MLflow's id of the stage's run.
@@ -67,6 +70,7 @@ class Run:
         self._root = root
         self._parent_id = parent_id
         self._lost = False
+        self._silent = False
         self._buffer: list[Metric] = []
         self._flushed_at = time.monotonic()
         self._metrics_seen = {
@@ -148,11 +152,13 @@ class Run:
     def _try(self, action: Callable[[], object]) -> None:
         if self._lost:
             return
+        began = time.monotonic()
         try:
             action()
         # Whatever a tracking back end raises (mlflow, requests, SQL, disk), training goes on.
         except Exception as error:
             self._lost = True
+            self._silent = time.monotonic() - began > SILENT_SECONDS
             logger.warning(
                 "MLflow is lost (%s); the %s stage goes on untracked, its figures are written "
                 "to reports/%s",
@@ -186,6 +192,8 @@ class Run:
         self._client.set_registered_model_alias(name, MODEL_ALIAS, version.version)
 
     def _close(self, status: str) -> None:
+        if self._silent:
+            return
         # A lost server may be back: one more chance, quietly, for the figures and the status.
         was_lost, self._lost = self._lost, False
         with contextlib.suppress(Exception) if was_lost else contextlib.nullcontext():
@@ -332,7 +340,7 @@ def _import_mlflow() -> Any:  # noqa: ANN401 - the module, imported late
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # MLflow would retry for minutes; one retry survives a dropped keep-alive connection.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "4")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
@@ -379,9 +387,7 @@ def _experiment(client: "MlflowClient", uri: str, root: Path) -> str:
     # working directory, which `dvc exp run --temp` deletes.
     remote = uri.startswith(("http://", "https://"))
     artifacts = None if remote else (home(root) / "mlartifacts").as_uri()
-    # Opens the user interface on runs and curves instead of on traces of language models.
-    kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts, tags=kind))
+    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
 
 def _mark_dead_runs(client: "MlflowClient", experiment: str) -> None:
@@ -548,7 +554,8 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any table cell
 def _reason(error: BaseException) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
     # requests wraps the cause three times; the innermost part says it.
-    return text.rsplit("NewConnectionError(", 1)[-1][:200]
+    cause = re.search(r"""NewConnectionError\(["'](.*?)["']\)""", text)
+    return (cause[1] if cause else text)[:200].strip(". ")
 
 
 def _without_password(uri: str) -> str:

@@ -462,23 +462,37 @@ def test_a_server_lost_on_the_way_is_one_warning(root, server, monkeypatch, capl
     assert "reports/train_cam" in record.getMessage()
 
 
-def test_a_store_that_comes_back_gets_the_figures_at_the_end(root, monkeypatch, caplog):
+def lose(run, figures):
+    """Let the store fail while `figures` of step 1 are sent, and be back afterwards."""
+
+    def lost(*_arguments, **_options):
+        raise OSError("lost")
+
+    real, run._client.log_batch = run._client.log_batch, lost
+    run.metrics(figures, step=1)
+    run.flush()
+    run._client.log_batch = real
+
+
+def test_a_store_that_comes_back_gets_the_figures_at_the_end(root, caplog):
     with open_run(root) as run:
-        run.metrics({"loss": 0.5}, step=1)
-        real = run._client.log_batch
-
-        def lost(*_arguments, **_options):
-            raise OSError("lost")
-
-        monkeypatch.setattr(run._client, "log_batch", lost)
-        run.flush()
-        monkeypatch.setattr(run._client, "log_batch", real)
+        lose(run, {"loss": 0.5})
         run.metrics({"loss": 0.25}, step=2)
     assert len(caplog.records) == 1
     client = client_of(root)
     (child,) = runs_of(client, stage="train_cam")
     assert child.info.status == "FINISHED"
     assert history(client, child, "loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_silent_store_holds_the_stage_up_once_only(root, monkeypatch):
+    monkeypatch.setattr(tracking, "SILENT_SECONDS", 0.0)
+    with open_run(root) as run:
+        lose(run, {"loss": 0.5})
+    client = client_of(root)
+    (child,) = runs_of(client, stage="train_cam")
+    assert history(client, child, "loss") == []
+    assert child.info.status == "RUNNING"
 
 
 def test_importing_the_module_imports_neither_mlflow_nor_torch():
