@@ -31,6 +31,9 @@ from isim.models.inference import multi_scale_cam
 from isim.params import Crf
 from isim.workers import RefineResult, RefineTask, dense, refine_image, start_worker
 
+# Thresholds that a round's CAMs are scored at, to find the best one on the ground truth.
+SWEEP = np.round(np.arange(0.05, 0.601, 0.05), 2).astype(np.float32)
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -49,12 +52,15 @@ class Scores:
     """Result of a pass over a split.
 
     `seed_confusion` and `label_confusion` are (L, L) int64 before and after dCRF, over the
-    `scored` images that have a ground truth; `masked_share` is the share of images whose
+    `scored` images that have a ground truth, `sweep_confusion` (T, L, L) those of the seeds at
+    the thresholds `SWEEP`; `masked_share` is the share of images whose
     label holds no foreground (paper Eq. 3); `seconds` and `computed` tell the speed.
     """
 
     seed_confusion: NDArray[np.int64]
     label_confusion: NDArray[np.int64]
+    sweep_confusion: NDArray[np.int64]
+    threshold: float
     scored: int
     masked_share: float
     seconds: float
@@ -62,8 +68,17 @@ class Scores:
 
     def row(self) -> dict[str, float]:
         """Headline figures under their names in reports and MLflow; nan without any mask."""
+        fixed = metrics.miou(self.seed_confusion)
+        sweep = [metrics.miou(confusion) for confusion in self.sweep_confusion]
+        best = int(np.argmax(np.nan_to_num(sweep)))
+        # The fixed threshold need not be one of the sweep.
+        oracle = (sweep[best], round(float(SWEEP[best]), 2))
+        if not sweep[best] > fixed:
+            oracle = (fixed, self.threshold)
         return {
-            "cam_miou": metrics.miou(self.seed_confusion),
+            "cam_miou": fixed,
+            "cam_miou_oracle": oracle[0],
+            "oracle_threshold": oracle[1],
             "pseudo_label_miou": metrics.miou(self.label_confusion),
             "masked_share": self.masked_share,
             "seconds": self.seconds,
@@ -139,33 +154,55 @@ def regenerate(
         journal.keep(path.stem for path in labels.glob("*.png"))
         missing = [item for item in items if item.id not in journal.lines]
 
+        sweeps: dict[str, list[list[int]]] = {}
+
         def tasks() -> Iterator[RefineTask]:
             for item, cam in cams(network, config, missing, settings, device):
                 ids = class_ids(item)
                 planes = cam.cpu().numpy()
                 if item.id in pictured:
                     files.write_cam(scratch / f"{item.id}.npz", planes, ids, planes.shape[1:])
+                if item.mask is not None:
+                    truth = files.read_label_map(item.mask)
+                    sweeps[item.id] = _sweep_counts(truth, planes, ids, num_labels)
                 seed = seeds.seed(planes, ids, threshold)
                 out = labels / f"{item.id}.png"
                 yield RefineTask(item.id, item.image, seed, ids, crf, item.mask, out, num_labels)
 
         for result in refine_all(tasks()):
-            journal.add(asdict(result))
+            journal.add({**asdict(result), "sweep": sweeps.pop(result.id, [])})
         lines = [journal.lines[item.id] for item in items]
 
     seed_confusion = np.zeros((num_labels, num_labels), np.int64)
     label_confusion = np.zeros_like(seed_confusion)
+    sweep_confusion = np.zeros((len(SWEEP), num_labels, num_labels), np.int64)
     for line in lines:
         seed_confusion += dense(line["seed_counts"], num_labels)
         label_confusion += dense(line["label_counts"], num_labels)
+        for place, pixels in line["sweep"]:
+            sweep_confusion.flat[place] += pixels
     return Scores(
         seed_confusion,
         label_confusion,
+        sweep_confusion,
+        threshold,
         scored=sum(item.mask is not None for item in items),
         masked_share=sum(line["masked"] for line in lines) / len(items),
         seconds=time.perf_counter() - start,
         computed=len(missing),
     )
+
+
+def _sweep_counts(
+    truth: NDArray[np.uint8],
+    planes: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    num_labels: int,
+) -> list[list[int]]:
+    """Non-zero counts of the (T, L, L) matrices of one image, as [flat index, pixels]."""
+    best, height = seeds.peak(planes, ids)
+    confusion = metrics.sweep_confusion(truth, best, height, SWEEP, num_labels).ravel()
+    return [[int(place), int(confusion[place])] for place in np.flatnonzero(confusion)]
 
 
 def refine_all(tasks: Iterable[RefineTask]) -> Iterator[RefineResult]:

@@ -6,6 +6,25 @@ from numpy.typing import NDArray
 BACKGROUND = 0
 
 
+def peak(
+    cam: NDArray[np.float32], class_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Find the highest CAM of each pixel.
+
+    Args:
+        cam: (K', H, W) CAMs of the labelled classes, in [0, 1]; K' may be 0.
+        class_ids: (K',) label of each plane, 1..K.
+
+    Returns:
+        (H, W) label of the highest plane (0 when there is none) and (H, W) its height.
+    """
+    if len(class_ids) == 0:
+        return np.zeros(cam.shape[1:], np.uint8), np.zeros(cam.shape[1:], np.float32)
+    best = cam.argmax(0)
+    height = np.take_along_axis(cam, best[None], 0)[0]
+    return np.asarray(class_ids, np.uint8)[best], height
+
+
 def seed(
     cam: NDArray[np.float32], class_ids: NDArray[np.int64], threshold: float
 ) -> NDArray[np.uint8]:
@@ -20,10 +39,6 @@ def seed(
     Returns:
         (H, W) labels, 0 = background.
     """
-    if len(class_ids) == 0:
-        return np.zeros(cam.shape[1:], np.uint8)
-    best = cam.argmax(0)
-    height = np.take_along_axis(cam, best[None], 0)[0]
-    labels = np.asarray(class_ids, np.uint8)[best]
+    labels, height = peak(cam, class_ids)
     labels[height <= threshold] = BACKGROUND
     return labels

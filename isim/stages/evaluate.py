@@ -15,6 +15,7 @@ from isim import atomic, metrics, pictures, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
+from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
 from isim.regeneration import class_ids, refine_all
 from isim.workers import RefineTask, dense
@@ -138,12 +139,10 @@ def _score_cams(
             assert item.mask is not None
             planes, ids, (height, width) = files.read_cam(folder / f"{item.id}.npz")
             truth = files.read_label_map(item.mask)
-            best = np.zeros((height, width), np.uint8)
-            top = np.zeros((height, width), np.float32)
-            for plane, label in zip(planes, ids, strict=True):
-                grown = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
-                best[grown > top] = label
-                np.maximum(top, grown, out=top)
+            grown = np.zeros((len(ids), height, width), np.float32)
+            for plane, out in zip(planes, grown, strict=True):
+                cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
+            best, top = seeds.peak(grown, ids)
             totals[:] += metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
             seed = np.where(top > thresholds[fixed], best, 0).astype(np.uint8)
             yield RefineTask(
