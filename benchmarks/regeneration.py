@@ -76,7 +76,9 @@ def reference_cam(net: cam.CamNetwork, config: cam.CamConfig, item: Item) -> np.
     """(K', H, W) CAMs of one image: all classes at every scale, NCHW fp32."""
     image = files.read_image(item.image)
     height, width = image.shape[:2]
-    pixels = (image / np.float32(255) - np.float32(config.mean)) / np.float32(config.std)
+    pixels = (image / np.float32(255) - np.asarray(config.mean, np.float32)) / np.asarray(
+        config.std, np.float32
+    )
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
     total = torch.zeros(len(config.classes), height, width)
     for scale in SCALES:

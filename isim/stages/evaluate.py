@@ -82,7 +82,7 @@ def run(params: Evaluate, root: Path) -> None:
                 "images": len(items),
                 **_figures("cam", at_thresholds[fixed]),
                 "cam_miou_oracle": mious[oracle],
-                "oracle_threshold": float(thresholds[oracle]),
+                "oracle_threshold": round(float(thresholds[oracle]), 6),
                 **_figures("cam_crf", refined),
             }
             sweep += [
