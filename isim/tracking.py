@@ -554,7 +554,7 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any table cell
 def _reason(error: BaseException) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
     # requests wraps the cause three times; the innermost part says it.
-    cause = re.search(r"""NewConnectionError\(["'](.*?)["']\)""", text)
+    cause = re.search(r"""Caused by \w+\(["'](.*)["']\)\)""", text)
     return (cause[1] if cause else text)[:200].strip(". ")
 
 

@@ -163,7 +163,7 @@ def class_bars(
         UserError: As `write_png`.
     """
     thickness = 0.8 / len(series)
-    figure, axes = _axes(7.0, 1.3 + 0.24 * len(classes) * max(len(series), 1.5))
+    figure, axes = _axes(7.0, 1.3 + len(classes) * max(0.15 * len(series), 0.36))
     for place, (name, fractions) in enumerate(series.items()):
         offset = (place + 0.5) * thickness - 0.4
         percent = 100 * np.asarray(fractions, float)
@@ -178,7 +178,7 @@ def class_bars(
     axes.set_xlabel(f"{label} (%)")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=len(series))
+    figure.legend(loc="outside upper center", ncols=min(len(series), 4))
     _save(figure, path)
 
 
