@@ -17,13 +17,14 @@ def choose(items: Sequence[Item], count: int) -> list[Item]:
     return [pool[place] for place in places]
 
 
-def strip(item: Item, cam: Path, label: Path) -> np.ndarray:
+def strip(item: Item, cam: Path, label: Path, columns: int) -> np.ndarray:
     """Image, ground truth, CAM and label map side by side.
 
     Args:
         item: The image and, if any, its ground truth.
         cam: CAM file of `files.write_cam`, at any stride.
         label: Label map, PNG.
+        columns: Cells a row: 4 for a strip, 2 for a square.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -37,4 +38,5 @@ def strip(item: Item, cam: Path, label: Path) -> np.ndarray:
         files.read_label_map(item.mask) if item.mask else None,
         planes.max(0, initial=0.0),
         files.read_label_map(label),
+        columns,
     )

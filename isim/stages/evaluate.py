@@ -67,13 +67,14 @@ def run(params: Evaluate, root: Path) -> None:
                     {item.id: Path(refined_labels) / f"{item.id}.png" for item in shown},
                 )
                 for item in shown:
-                    cells = pictures.strip(
-                        item,
-                        cams / split / f"{item.id}.npz",
-                        Path(refined_labels) / f"{item.id}.png",
+                    stored = cams / split / f"{item.id}.npz"
+                    label = Path(refined_labels) / f"{item.id}.png"
+                    viz.write_png(
+                        reports / f"pictures/{split}/{item.id}.png",
+                        pictures.strip(item, stored, label, columns=4),
                     )
-                    viz.write_png(reports / f"pictures/{split}/{item.id}.png", cells)
-                    tracked.image(f"{split}/{item.id}", cells, step=0)
+                    square = pictures.strip(item, stored, label, columns=2)
+                    tracked.image(f"{split}/{item.id}", square, step=0)
             mious = [metrics.miou(confusion) for confusion in at_thresholds]
             oracle = int(np.nanargmax(mious)) if np.isfinite(mious).any() else fixed
             confusions[f"{split}_cam"] = at_thresholds[fixed]

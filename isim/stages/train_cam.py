@@ -102,12 +102,14 @@ def run(params: TrainCam, root: Path) -> None:
                     f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
                     f"{row['images_per_second']:.1f} images/s"
                 )
-                tracked.metrics(
-                    {k: v for k, v in row.items() if k not in ("round", "epoch")}, step=number
-                )
-                for item in shown:
-                    row_of_cells = _strip(item, resume, name)
-                    tracked.image(f"pictures/{item.id}", row_of_cells, step=number)
+            row = json.loads(record.read_text())["row"]
+            tracked.metrics(
+                {k: v for k, v in row.items() if k not in ("round", "epoch")}, step=number
+            )
+            for item in shown:
+                # Two rows of two: MLflow's thumbnails are square.
+                cells = _strip(item, resume, name, columns=2)
+                tracked.image(f"pictures/{item.id}", cells, step=number)
             if params.method != "cam":
                 dataset.label_paths = {item.id: labels / f"{item.id}.png" for item in items}
 
@@ -122,14 +124,16 @@ def run(params: TrainCam, root: Path) -> None:
                 )
                 row = {"epoch": epoch, **row, **{f"val_{k}": v for k, v in figures.items()}}
                 rows.append(row)
-                tracked.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
-                tracked.flush()
                 engine.save_state(state, network, optimizer, progress)
                 tqdm.write(
                     f"epoch {epoch}/{params.epochs}: classification "
                     f"{row['classification_loss']:.4f}, segmentation "
                     f"{row['segmentation_loss']:.4f}, val mAP {row['val_class_map']:.3f}"
                 )
+            # Of a resumed run all rows again: it may have a new MLflow run, and one that goes on
+            # drops the steps that it holds.
+            row = rows[epoch - 1]
+            tracked.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
             if epoch in params.round_epochs:
                 finish_round(epoch)
 
@@ -174,9 +178,9 @@ def _per_class(number: int, prepared: Prepared, scores: Scores) -> list[dict[str
     ]
 
 
-def _strip(item: Item, resume: Path, name: str) -> np.ndarray:
+def _strip(item: Item, resume: Path, name: str, columns: int) -> np.ndarray:
     label = resume / "pseudo_labels" / name / f"{item.id}.png"
-    return pictures.strip(item, resume / name / f"{item.id}.npz", label)
+    return pictures.strip(item, resume / name / f"{item.id}.npz", label, columns)
 
 
 def _publish(
@@ -192,7 +196,7 @@ def _publish(
     names = [f"round_{entry['row']['round']:02d}" for entry in rounds]
     folder = root / "reports/train_cam/pictures"
     for item in shown:
-        strips = [_strip(item, resume, name) for name in names]
+        strips = [_strip(item, resume, name, columns=4) for name in names]
         viz.write_png(folder / f"{item.id}.png", np.concatenate(strips))
     if shown:
         labels = [
