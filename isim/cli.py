@@ -3,20 +3,20 @@
 Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
 """
 
+import contextlib
 import errno
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from isim.errors import UserError
-
-if TYPE_CHECKING:
-    from isim.params import Params
 
 app = typer.Typer(
     help="ISIM: from image-level tags to segmentation pseudo-labels. `dvc repro` runs the stages "
@@ -31,37 +31,25 @@ app = typer.Typer(
 @app.command()
 def prepare() -> None:
     """Stage 1: read the data source, check it, write data/prepared."""
-    section = _params().prepare
-    from isim.stages import prepare as stage
-
-    stage.run(section, Path.cwd())
+    _run("prepare")
 
 
 @app.command()
 def train_cam() -> None:
     """Stage 2: the ISIM loop; write models/train_cam and data/pseudo_labels."""
-    section = _params().train_cam
-    from isim.stages import train_cam as stage
-
-    stage.run(section, Path.cwd())
+    _run("train_cam")
 
 
 @app.command()
 def export_cams() -> None:
     """Stage 3: write the CAMs of the final network to data/cams."""
-    section = _params().export_cams
-    from isim.stages import export_cams as stage
-
-    stage.run(section, Path.cwd())
+    _run("export_cams")
 
 
 @app.command()
 def evaluate() -> None:
     """Stage 4: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
-    section = _params().evaluate
-    from isim.stages import evaluate as stage
-
-    stage.run(section, Path.cwd())
+    _run("evaluate")
 
 
 @app.command()
@@ -92,10 +80,45 @@ def results() -> None:
     typer.echo(report.table(Path.cwd()))
 
 
-def _params() -> "Params":
+def _run(stage: str) -> None:
     from isim.params import load
 
-    return load(Path("params.yaml"))
+    root = Path.cwd()
+    # Checked before the stage is imported: a wrong parameter is told at once.
+    section = getattr(load(Path("params.yaml")), stage)
+    with _alone(stage, root):
+        importlib.import_module(f"isim.stages.{stage}").run(section, root)
+
+
+@contextlib.contextmanager
+def _alone(stage: str, root: Path) -> Iterator[None]:
+    """Wait until no other process runs `stage` for this repository.
+
+    The resume state of a stage belongs to the repository, and several processes can want it:
+    `dvc exp run --temp` beside `dvc repro`, several workers of `dvc queue start`, or a stage
+    that outlived its DVC.
+    """
+    from filelock import FileLock, Timeout
+
+    from isim.params import home
+
+    path = home(root) / ".isim" / f"{stage}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            typer.echo(f"isim: waiting for another run of {stage} to end ({path})", err=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; fix the permissions of {path.parent}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -139,6 +140,25 @@ def test_signals_unwind_the_command(number, expected, tmp_path):
     assert process.returncode == expected
     assert (tmp_path / "unwound").exists()
     assert "Traceback" not in err
+
+
+def test_a_stage_waits_for_another_run_of_itself(tmp_path, monkeypatch):
+    """Both would use one resume folder: `dvc exp run --temp` beside `dvc repro`."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / ".isim").mkdir()
+    code = (
+        "from pathlib import Path\n"
+        "from isim import cli\n"
+        "with cli._alone('prepare', Path.cwd()):\n"
+        "    Path('entered').touch()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with FileLock(tmp_path / ".isim/prepare.lock"):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another run of prepare" in process.stderr.readline()
+        assert not (tmp_path / "entered").exists()
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "entered").exists()
 
 
 def comments(text):
