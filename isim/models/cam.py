@@ -107,7 +107,10 @@ class CamNetwork(nn.Module):
         logits = self.classifier(pooled).flatten(1)  # (B, K)
         if not segment or self.decoder is None or self.head is None:
             return logits, None
-        return logits, self.head(self.decoder(features))
+        decoded = self.decoder(features)
+        # The loss wants fp32: on the small map that costs less than on the upsampled one.
+        with torch.autocast(images.device.type, enabled=False):
+            return logits, self.head(decoded.float())
 
     def cam(self, images: Tensor, class_ids: Tensor) -> Tensor:
         """Class activation maps before ReLU and scaling.
