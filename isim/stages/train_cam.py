@@ -37,6 +37,7 @@ def run(params: TrainCam, root: Path) -> None:
     items, held_out = prepared.split(params.split), prepared.split(params.eval_split)
     if params.method != "cam" and min(params.batch, len(items)) < 2:
         raise UserError("train_cam.batch: the decoder's batch statistics need at least 2 images")
+    engine.keep_freed_memory()
     device = engine.default_device()
     precision = engine.resolve_precision(params.precision, device)
     weights = resolve_path(params.weights, root)
@@ -59,6 +60,9 @@ def run(params: TrainCam, root: Path) -> None:
         shutil.rmtree(resume, ignore_errors=True)
         progress = {"digest": key, "epochs": []}
     else:
+        # A kill in the middle of a write leaves its temporary file, which must not be published.
+        for leftover in resume.rglob(".tmp-*"):
+            leftover.unlink()
         engine.load_state(state, network, optimizer)
         tqdm.write(f"train_cam: continues after epoch {len(progress['epochs'])}")
 
@@ -151,6 +155,8 @@ def run(params: TrainCam, root: Path) -> None:
         tracked.table("per_class", [row for entry in rounds for row in entry["per_class"]])
         tracked.artifact_file(root / "reports/train_cam/rounds.csv")
         tracked.register_model("cam", root / "models/train_cam/model.safetensors")
+    # First: what a kill leaves of the folder must not pass for a state to go on from.
+    state.unlink()
     shutil.rmtree(resume)
 
 
