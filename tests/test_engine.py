@@ -1,0 +1,168 @@
+"""Rates, seeds, and the state that a run goes on from."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from isim import engine
+from isim.errors import UserError
+
+
+def test_poly_schedule_by_hand_and_constant_after_the_horizon():
+    factor = partial(engine.poly_factor, horizon=4, power=0.9)
+    assert factor(0) == 1
+    assert [factor(step) for step in (1, 2, 3)] == pytest.approx([0.75**0.9, 0.5**0.9, 0.25**0.9])
+    assert factor(4) == factor(1000) == factor(3)
+    assert engine.poly_factor(3, 4, 0) == 1
+
+
+def small():
+    """Convolutions for the memory format; the last part is never trained, as in the warm-up."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))
+    unused = nn.Conv2d(2, 2, 1)
+    whole = nn.ModuleDict({"used": network, "unused": unused})
+    engine.place(whole, torch.device("cpu"))
+    groups = [(network, 0.1), (unused, 0.5)]
+    return whole, engine.sgd(groups, momentum=0.9, weight_decay=1e-2)
+
+
+def train(network, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(4, 3, 9, 9, generator=generator)
+        optimizer.zero_grad()
+        network["used"](images).square().mean().backward()
+        engine.set_rates(optimizer, engine.poly_factor(step, 10, 0.9))
+        optimizer.step()
+
+
+def test_a_state_goes_on_bit_equal(tmp_path):
+    path = tmp_path / "state.safetensors"
+    whole = small()
+    train(*whole, range(3))
+    progress = {"digest": "d", "epochs": [{"miou": float("nan"), "n": 3}]}
+    engine.save_state(path, *whole, progress)
+    resumed, optimizer = small()
+    engine.load_state(path, resumed, optimizer)
+    assert str(engine.read_progress(path, "d")) == str(progress)
+    assert resumed["used"][0].weight.is_contiguous(memory_format=torch.channels_last)
+    for pair in (whole, (resumed, optimizer)):
+        train(*pair, range(3, 6))
+    ours, theirs = whole[0].state_dict(), resumed.state_dict()
+    assert ours.keys() == theirs.keys() and "used.1.num_batches_tracked" in ours
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(theirs["unused.weight"], small()[0]["unused"].weight)
+    buffers = (whole[1].state_dict()["state"], optimizer.state_dict()["state"])
+    assert buffers[0].keys() == buffers[1].keys()
+    for index, buffer in buffers[0].items():
+        assert torch.equal(buffer["momentum_buffer"], buffers[1][index]["momentum_buffer"])
+
+
+def test_rates_of_groups_follow_their_initial_rates():
+    _, optimizer = small()
+    engine.set_rates(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.25]
+    engine.set_rates(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.05])
+
+
+def test_a_state_of_another_run_or_none_is_no_progress(tmp_path):
+    path = tmp_path / "state.safetensors"
+    assert engine.read_progress(path, "d") is None
+    engine.save_state(path, *small(), {"digest": "d"})
+    assert engine.read_progress(path, "d") == {"digest": "d"}
+    assert engine.read_progress(path, "other") is None
+    path.write_bytes(path.read_bytes()[:100])
+    assert engine.read_progress(path, "d") is None
+    save_file({"weight": torch.zeros(1)}, path)
+    assert engine.read_progress(path, "d") is None
+
+
+def test_the_digest_follows_parameters_inputs_code_and_threads(tmp_path):
+    data, code = tmp_path / "data", tmp_path / "code.py"
+    (data / "deep").mkdir(parents=True)
+    (data / "deep/a.csv").write_text("1")
+    code.write_text("pass")
+
+    def digest(section="s"):
+        return engine.run_digest(section, [data], [code])
+
+    seen = [digest()]
+    assert digest() == seen[0]
+    seen.append(digest("t"))
+    (data / "deep/a.csv").write_text("2")
+    seen.append(digest())
+    (data / "deep/a.csv").rename(data / "deep/b.csv")
+    seen.append(digest())
+    (data / "c.csv").write_text("")
+    seen.append(digest())
+    code.write_text("pass\n")
+    seen.append(digest())
+    with engine.intra_op_threads(torch.get_num_threads() + 1):
+        seen.append(digest())
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_code_of_a_result_is_all_but_its_presentation():
+    names = {path.name for path in engine.code_files()}
+    assert {"engine.py", "train_cam.py", "crf.py", "losses.py", "dataset.py"} <= names
+    assert not {"cli.py", "tracking.py", "viz.py"} & names
+
+
+@pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])
+def test_a_wrong_number_of_workers_is_named(text, monkeypatch):
+    monkeypatch.setenv("ISIM_WORKERS", text)
+    with pytest.raises(UserError, match="ISIM_WORKERS"):
+        engine.worker_count()
+
+
+def test_workers_are_as_asked_for_or_the_cores(monkeypatch):
+    for number in (0, 3):
+        monkeypatch.setenv("ISIM_WORKERS", str(number))
+        assert engine.worker_count() == number
+    monkeypatch.delenv("ISIM_WORKERS")
+    assert engine.worker_count() >= 1
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    for name in ("abacus", "cuda:99"):
+        monkeypatch.setenv("ISIM_DEVICE", name)
+        with pytest.raises(UserError, match=f"ISIM_DEVICE.*{name}"):
+            engine.default_device()
+    monkeypatch.setenv("ISIM_DEVICE", "cpu")
+    assert engine.default_device() == torch.device("cpu")
+
+
+def test_precision_is_as_asked_for_or_fit_for_the_device():
+    cpu = torch.device("cpu")
+    assert engine.resolve_precision("bf16", cpu) == "bf16"
+    assert engine.resolve_precision("fp32", cpu) == "fp32"
+    assert engine.resolve_precision("auto", cpu) in {"fp32", "bf16"}
+    weight = torch.ones(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with engine.autocast(precision, cpu):
+            assert (weight @ weight).dtype == dtype
+
+
+def test_seeds_decide_all_generators():
+    def draw(*parts):
+        engine.seed_all(*parts)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(1, 2) == draw(1, 2)
+    others = [draw(1, 2), draw(1, 3), draw(2, 1), draw(1)]
+    assert all(len({other[place] for other in others}) == 4 for place in range(3))
+
+
+def test_threads_are_set_back_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), engine.intra_op_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
