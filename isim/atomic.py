@@ -73,6 +73,18 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def make_directory(path: Path) -> None:
+    """Create `path` with its parents unless it is there.
+
+    Raises:
+        UserError: It cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def _unwritable(path: Path, error: OSError) -> UserError:
     reason = error.strerror or str(error)
     return UserError(

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isim import engine, metrics
+from isim import atomic, engine, metrics
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
@@ -146,8 +146,8 @@ def regenerate(
     """
     start = time.perf_counter()
     num_labels = len(config.classes) + 1
-    labels.mkdir(parents=True, exist_ok=True)
-    scratch.mkdir(parents=True, exist_ok=True)
+    atomic.make_directory(labels)
+    atomic.make_directory(scratch)
     for leftover in [*labels.glob(".tmp-*"), *scratch.glob(".tmp-*")]:
         leftover.unlink()
     with Journal(scratch / "progress.jsonl") as journal:

@@ -53,7 +53,7 @@ def run(params: ExportCams, root: Path) -> None:
     with tracking.stage_run("export_cams", params, root, inputs) as tracked:
         for split, items in chosen.items():
             folder = resume / key / split
-            folder.mkdir(parents=True, exist_ok=True)
+            atomic.make_directory(folder)
             for leftover in folder.glob(".tmp-*"):
                 leftover.unlink()
             start = time.perf_counter()
