@@ -63,6 +63,13 @@ def _batches(
         # A loader process sends its whole traceback as the message: keep the last line.
         last = str(error).strip().splitlines()[-1]
         raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            "a data loader process died (out of memory?); run the same command again with a "
+            f"smaller ISIM_WORKERS than {engine.worker_count()}: finished epochs are kept"
+        ) from error
 
 
 def train_epoch(
