@@ -1,5 +1,8 @@
 """One epoch: what is trained when, on which images, and what stops it."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -195,6 +198,15 @@ def test_a_broken_image_is_one_line_from_helpers_too(
     ]
     trainer = Trainer(tiny.train_cam, prepared, items=items)
     with pytest.raises(UserError, match=r"^image .*broken\.jpg is unreadable") as caught:
+        trainer.epoch(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_helper_that_dies_is_one_line(tiny, prepared, monkeypatch):
+    monkeypatch.setenv("ISIM_WORKERS", "1")
+    trainer = Trainer(tiny.train_cam, prepared)
+    monkeypatch.setattr(CropDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="data loader process died.*ISIM_WORKERS than 1") as caught:
         trainer.epoch(1)
     assert "\n" not in str(caught.value)
 

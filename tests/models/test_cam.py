@@ -253,6 +253,16 @@ class TestWeights:
             load_weights(tmp_path / "w.safetensors")
         assert not (tmp_path / "owned").exists()
 
+    def test_without_network_the_fix_is_named(self, monkeypatch):
+        def fail(*_, **__):
+            raise OSError("cannot reach the hub\nbecause of this\nand that")
+
+        network = network_of(config_of())
+        monkeypatch.setattr(timm, "create_model", fail)
+        with pytest.raises(UserError, match=r"resnet10t \(cannot reach.*check the net") as caught:
+            cam.load_encoder_weights(network, "resnet10t", "imagenet", Path("imagenet"))
+        assert "\n" not in str(caught.value)
+
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"train_cam\.weights: no file .*w\.safetensors"):
             load_weights(tmp_path / "w.safetensors")
