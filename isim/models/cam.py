@@ -159,6 +159,10 @@ def build(config: CamConfig) -> CamNetwork:
             "such as resnet50.tv_in1k or mobilenetv2_100"
         ) from error
     classifier = nn.Conv2d(encoder.out_channels[-1], len(config.classes), 1, bias=False)
+    # From the seed alone, not after the decoder's draws: with one seed all methods then share
+    # their warm-up. Small, since random class scores would first teach the encoder noise.
+    start = torch.Generator().manual_seed(torch.initial_seed())
+    nn.init.normal_(classifier.weight, std=0.01, generator=start)
     frozen = config.encoder_norm == "frozen"
     return CamNetwork(encoder, classifier, decoder, head, frozen)
 
