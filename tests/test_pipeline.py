@@ -20,6 +20,8 @@ def run(folder, *command):
     state = folder.parent / "dvc_state"
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        # The code that is run is the code that DVC sees, as in a clone that was installed.
+        "PYTHONPATH": str(folder),
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
         "DVC_GLOBAL_CONFIG_DIR": str(state / "global"),
