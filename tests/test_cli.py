@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,23 +56,22 @@ def test_wrong_usage_is_exit_code_2(arguments, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("threshold: 0.3", "treshold: 0.3", ["treshold", "did you mean threshold"]),
-        ("threshold: 0.3", "threshold: high", ["train_cam.threshold", "high"]),
-        ("batch: 16", "batch: 0", ["train_cam.batch", "greater than 0"]),
-        ("source: shapes", "source: coco", ["prepare.source", "coco", "voc"]),
-        ("warmup_epochs: ", "warmup_epochs: 10", ["train_cam", "warmup_epochs", "epochs"]),
-        ("  momentum: ", "  momentum: 0.123 # ", ["profile", "custom"]),
-        ("\nprepare:", "\n\tprepare:", ["params.yaml", "line"]),
+        (r"  threshold: .*", "  treshold: 0.3", ["treshold", "did you mean threshold"]),
+        (r"  threshold: .*", "  threshold: high", ["train_cam.threshold", "high"]),
+        (r"  batch: .*", "  batch: 0", ["train_cam.batch", "greater than 0"]),
+        (r"  source: .*", "  source: coco", ["prepare.source", "coco", "voc"]),
+        (r"  warmup_epochs: .*", "  warmup_epochs: 999", ["train_cam", "warmup_epochs", "epochs"]),
+        (r"    profile: .*", "    profile: official", ["train_cam", "profile", "custom"]),
+        (r"\nprepare:", "\n\tprepare:", ["params.yaml", "line"]),
     ],
 )
 def test_bad_parameters_are_one_line_and_exit_code_2(
     old, new, expected, project, monkeypatch, capsys
 ):
-    text = PARAMS
-    if "profile" in expected:
-        text = text.replace("profile: custom", "profile: paper")
-    assert old in text
-    (project / "params.yaml").write_text(text.replace(old, new, 1))
+    # Not the values that happen to be in params.yaml: they change with every experiment.
+    text, found = re.subn(old, new, PARAMS, count=1)
+    assert found
+    (project / "params.yaml").write_text(text)
     code, out, err = run_main(monkeypatch, capsys, "train-cam")
     assert code == 2 and out == ""
     assert err.startswith("isim: error: ") and err.count("\n") == 1
