@@ -193,11 +193,18 @@ def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]
     return total.hexdigest()[:16]
 
 
-def code_files() -> list[Path]:
-    """Source files that a result may depend on: all but the command line, MLflow and pictures."""
+def code_files(stage: str) -> list[Path]:
+    """Source files that a stage's result may depend on.
+
+    Not: the command line, MLflow, drawing and the other stages.
+    """
     package = Path(__file__).parent
-    aside = {"cli.py", "__main__.py", "preset.py", "results.py", "tracking.py", "viz.py"}
-    return [path for path in sorted(package.rglob("*.py")) if path.name not in aside]
+    aside = {"cli.py", "preset.py", "results.py", "tracking.py", "viz.py", "pictures.py"}
+    return [
+        path
+        for path in sorted(package.rglob("*.py"))
+        if path.name not in aside and (path.parent.name != "stages" or path.stem == stage)
+    ]
 
 
 @contextlib.contextmanager

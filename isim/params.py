@@ -121,7 +121,7 @@ class TrainCam(Section):
     output_stride: Literal[8, 16, 32]
     encoder_norm: Literal["batch", "frozen"]
     input_norm: Literal["encoder", "unit"]
-    atrous_rates: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    atrous_rates: tuple[Positive, Positive, Positive]
     decoder_channels: Positive
     crop: Annotated[int, Field(ge=32)]
     batch: Positive

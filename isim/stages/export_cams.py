@@ -43,7 +43,7 @@ def run(params: ExportCams, root: Path) -> None:
     settings = CamSettings(params.scales, params.flip, precision)
     resume = home(root) / ".isim/resume/export_cams"
     key = engine.run_digest(
-        digest(params), [root / "data/prepared", checkpoint], engine.code_files()
+        digest(params), [root / "data/prepared", checkpoint], engine.code_files("export_cams")
     )
     if not (resume / key).is_dir():
         shutil.rmtree(resume, ignore_errors=True)

@@ -52,7 +52,7 @@ def run(params: TrainCam, root: Path) -> None:
     key = engine.run_digest(
         digest(params),
         [root / "data/prepared", *([weights] if weights.is_file() else [])],
-        engine.code_files(),
+        engine.code_files("train_cam"),
     )
     state = resume / "state.safetensors"
     progress = engine.read_progress(state, key)
