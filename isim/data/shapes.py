@@ -3,19 +3,21 @@
 Made for one purpose: the paper's effect must be visible, and measurable, without a download,
 without pretrained weights, on two CPU cores. Four choices make it so.
 
-- **A small part tells the class.** An animal is a head on a body. Only the head carries the
-  markings of its class (a badger's stripes, a duck's bill, ...), on about a seventh of the
-  animal. A network that sees image-level labels alone therefore looks at heads, and its CAM
-  misses the rest, as CAMs of photographs do.
-- **The body does not.** Coat colours, coat patterns, build, legs and tails are drawn from the same
-  distributions for all classes. A body's class follows from its context only, the head it is
-  joined to, which the segmentation loss can teach and the classification loss hardly does.
-- **The body is homogeneous, but not quite.** Head and body share the coat colour, with pattern,
-  shading and noise over it, so that dCRF extends a label over part of the body in many
-  images, leaks in some (the coat may resemble the background) and leaves the averaging to
-  the network.
+- **A small part tells the class.** An animal wears the face of its class (a badger's stripes, a
+  duck's bill and eye, a fox's ears and muzzle, a lizard's frill, a ram's horns) on a sixth of
+  its area. A network that sees image-level labels alone looks for faces, and its CAM misses the
+  rest of the animal, as CAMs of photographs do.
+- **The body does not.** Colour and pattern of the coat, build, legs and tail are drawn from the
+  same distributions for all classes, and most images show more than one animal. A body's class
+  follows from its context only, the face on it: the segmentation loss teaches that, the
+  classification loss hardly does.
+- **The body is homogeneous, but not quite.** A coat is one colour with pattern, shading and noise
+  over it. dCRF therefore fills a body that the seed covers by half and empties one that it
+  covers by less: it decides for the single image, the network averages over all of them, and
+  the bodies that it learnt raise the seeds of the next round. That is the paper's effect.
 - **The background is no giveaway.** Boulders wear the coats of animals, flowers the colours of
-  markings, and the scene (meadow, sand, water, wood, rock) is independent of the class.
+  faces, some coats resemble the ground, and the scene (meadow, sand, water, wood, rock) is
+  independent of the class.
 
 Objects have a border of 255 in the masks, as in VOC. Everything follows from the seed; image `i`
 of a split does not depend on how many images are asked for.
@@ -30,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 from isim.atomic import atomic_path, write_text
+from isim.data.files import write_label_map
 
 CLASSES: tuple[str, ...] = ("badger", "duck", "fox", "lizard", "ram")
 
@@ -103,7 +106,7 @@ def _paint(color: _Array, alpha: _Array, paint: tuple[float, float, float]) -> _
 def _coat(rng: np.random.Generator, side: int, u: _Array, v: _Array) -> _Array:
     """Colours (S, S, 3) of fur, feathers or scales: a pattern shared by all classes."""
     base = _COATS[rng.integers(len(_COATS))] * rng.uniform(0.85, 1.15) + rng.normal(0, 6, 3)
-    pattern = rng.integers(4)
+    pattern = rng.integers(5)
     warp = _noise(rng, side, 6, (1, 1)) * 0.12
     if pattern == 0:
         relief = _noise(rng, side, 24, (1, 3)) * 0.5
@@ -111,8 +114,10 @@ def _coat(rng: np.random.Generator, side: int, u: _Array, v: _Array) -> _Array:
         relief = np.sin((u + warp) * rng.uniform(14, 22)) * 0.9
     elif pattern == 2:
         relief = np.sin((u + warp) * 16) * np.sin((v + warp) * 16) * 1.3
-    else:
+    elif pattern == 3:
         relief = np.clip(_noise(rng, side, 12, (1, 1)), -0.3, 1.2)
+    else:
+        relief = np.sin((v + warp) * rng.uniform(14, 22)) * 0.9
     light = 1 - 0.16 * np.clip(v, -1.2, 1.2) + 0.02 * _noise(rng, side, 40, (1, 1))
     color = base[None, None] * light[..., None] + relief[..., None] * rng.uniform(3, 8)
     return color.astype(np.float32)
@@ -142,7 +147,8 @@ def _fox(color: _Array, p: _Array, q: _Array, w: float) -> tuple[_Array, _Array]
         color = _paint(color, ear, (206, 92, 30))
         ears = np.maximum(ears, ear)
     color = _paint(color, _edge(np.hypot(p, q) - 0.95, w), (206, 96, 36))
-    color = _paint(color, _edge(np.hypot((p - 0.3) / 0.7, (q - 0.45) / 0.5) - 1, w), (242, 236, 224))
+    muzzle = _edge(np.hypot((p - 0.3) / 0.7, (q - 0.45) / 0.5) - 1, w)
+    color = _paint(color, muzzle, (242, 236, 224))
     color = _paint(color, _edge(np.hypot(p - 0.75, q - 0.2) - 0.18, w), (20, 16, 16))
     return color, np.maximum(_edge(np.hypot(p, q) - 1, w), ears)
 
@@ -169,7 +175,7 @@ def _ram(color: _Array, p: _Array, q: _Array, w: float) -> tuple[_Array, _Array]
     return color, np.maximum(np.maximum(face, horn), _edge(np.hypot(p, q) - 0.9, w))
 
 
-_HEADS: tuple[Callable[..., tuple[_Array, _Array]], ...] = (_badger, _duck, _fox, _lizard, _ram)
+_FACES: tuple[Callable[..., tuple[_Array, _Array]], ...] = (_badger, _duck, _fox, _lizard, _ram)
 
 
 def _local(
@@ -207,25 +213,24 @@ def _animal(
     tip = (rng.uniform(-1.6, -1.2), rng.uniform(-0.6, 0.4))
     tail = _capsule(u, v, (-0.8, 0.0), tip) - rng.uniform(0.06, 0.16)
     alpha = np.maximum(alpha, _edge(tail, w))
-    radius = rng.uniform(0.3, 0.38)
+    radius = rng.uniform(0.35, 0.43)
     p = (u - rng.uniform(0.0, 0.45)) / radius
     q = (v + height * rng.uniform(-0.1, 0.4)) / radius
-    color, head = _HEADS[kind](color, p, q, w / radius)
-    # Markings stay on the head: the rest of the body keeps its coat.
-    return _Layer(np.maximum(alpha, head), color)
+    color, face = _FACES[kind](color, p, q, w / radius)
+    return _Layer(np.maximum(alpha, face), color)
 
 
 def _boulder(
     rng: np.random.Generator, side: int, centre: tuple[float, float], scale: float
 ) -> _Layer:
-    """A distractor: a headless lump in the coat of an animal."""
+    """A distractor: a faceless lump in the coat of an animal."""
     u, v = _local(side, centre, scale, rng.uniform(-0.6, 0.6), bool(rng.integers(2)))
     alpha = _edge(_blob(rng, u, v, rng.uniform(0.45, 0.8), 0.16), 2 / scale)
     return _Layer(alpha, _coat(rng, side, u, v))
 
 
 def _flower(rng: np.random.Generator, side: int) -> _Layer:
-    """A distractor: a small blot in the colour of a marking."""
+    """A distractor: a small blot in the colour of a face."""
     scale = side * rng.uniform(0.012, 0.03)
     u, v = _local(side, tuple(rng.uniform(0, side, 2)), scale, rng.uniform(0, 3), False)
     alpha = _edge(_blob(rng, u, v, rng.uniform(0.5, 1), 0.5), 2 / scale)
@@ -284,7 +289,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[_Array, _Array]:
         flower = _flower(rng, side)
         canvas = canvas + flower.alpha[..., None] * (flower.color - canvas)
     mask = np.zeros((size, size), np.uint8)
-    count = int(rng.choice([1, 2, 3], p=[0.55, 0.35, 0.1]))
+    count = int(rng.choice([1, 2, 3], p=[0.35, 0.5, 0.15]))
     for x, y, scale in _places(rng, count, side):
         kind = int(rng.integers(len(CLASSES)))
         animal = _animal(rng, kind, side, (x, y), scale)
@@ -296,15 +301,8 @@ def draw(rng: np.random.Generator, size: int) -> tuple[_Array, _Array]:
         mask[border == 1] = _IGNORE
         mask[inside == 1] = kind + 1
     image = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-    image += rng.normal(0, 2.5, image.shape)
+    image = image + rng.normal(0, 2.5, image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), mask
-
-
-def _palette() -> list[int]:
-    """The VOC palette: bit `i` of an index, by threes, sets high bits of red, green, blue."""
-    index = np.arange(256)
-    channels = [sum(((index >> (3 * i + c)) & 1) << (7 - i) for i in range(8)) for c in range(3)]
-    return np.stack(channels, axis=1).ravel().tolist()
 
 
 def _annotation(name: str, mask: _Array) -> str:
@@ -343,17 +341,13 @@ def generate(directory: Path, train: int, val: int, size: int, seed: int) -> Non
         UserError: The folder cannot be written or the disk is full.
     """
     devkit = directory / "VOCdevkit" / "VOC2012"
-    palette = _palette()
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         names = [f"{split}_{i:05d}" for i in range(count)]
         for i, name in enumerate(names):
             image, mask = draw(np.random.default_rng([seed, number, i]), size)
             with atomic_path(devkit / "JPEGImages" / f"{name}.jpg") as path:
                 Image.fromarray(image).save(path, quality=95)
-            with atomic_path(devkit / "SegmentationClass" / f"{name}.png") as path:
-                picture = Image.fromarray(mask, "P")
-                picture.putpalette(palette)
-                picture.save(path)
+            write_label_map(devkit / "SegmentationClass" / f"{name}.png", mask)
             write_text(devkit / "Annotations" / f"{name}.xml", _annotation(name, mask))
         listing = "".join(f"{name}\n" for name in names)
         write_text(devkit / "ImageSets" / "Segmentation" / f"{split}.txt", listing)
