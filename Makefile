@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # dvc.yaml runs `isim`, which must be the one of this virtual environment.
+# Network threads share the cores with dCRF workers and loaders: waiting, they must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 TRACKING := from pathlib import Path; from isim import tracking; \

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,27 @@ def place(network: nn.Module, device: torch.device) -> None:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step; without glibc do nothing.
+@contextlib.contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Inside the block glibc keeps what is freed for the next step; without glibc do nothing.
 
     Otherwise every large activation is given back to the kernel and cleared again when the next
-    step asks for it: about a seventh of a training step's CPU time.
+    step asks for it: about a seventh of a training step's CPU time. For training only, whose
+    steps are alike: images of many sizes would scatter over a heap that never shrinks.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(option, value)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        # glibc's own values.
+        libc.mallopt(_M_MMAP_MAX, 65536)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def worker_count() -> int:
@@ -171,6 +183,26 @@ def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer)
     optimizer.load_state_dict(state)
 
 
+def resume_folder(base: Path, digest: str) -> Path:
+    """The folder of the interrupted run `digest` below `base`; older ones but one are removed.
+
+    So an interrupted run is still there after another one was tried.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        others = [path for path in base.iterdir() if path.name != digest]
+        others.sort(key=lambda path: path.stat().st_mtime)
+        for path in others[:-1]:
+            shutil.rmtree(path, ignore_errors=True)
+    return base / digest
+
+
+def remove_resume_folder(folder: Path) -> None:
+    """Remove a finished run's folder, and the one above it when no other run is in it."""
+    shutil.rmtree(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
 def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]) -> str:
     """Digest of what a run depends on: its parameters, its inputs and the code.
 
@@ -199,7 +231,7 @@ def code_files(stage: str) -> list[Path]:
     Not: the command line, MLflow, drawing and the other stages.
     """
     package = Path(__file__).parent
-    aside = {"cli.py", "preset.py", "results.py", "tracking.py", "viz.py", "pictures.py"}
+    aside = {"cli.py", "preset.py", "results.py", "tracking.py", "viz.py", "__main__.py"}
     return [
         path
         for path in sorted(package.rglob("*.py"))

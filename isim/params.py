@@ -149,6 +149,8 @@ class TrainCam(Section):
                 f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs}), "
                 "or no pseudo-label is ever made"
             )
+        if self.method != "cam" and self.output_stride == 32:
+            raise ValueError("output_stride 32 is too coarse for the decoder; use 16 or 8")
         if self.method != "cam" and self.crop % self.output_stride:
             raise ValueError(
                 f"crop ({self.crop}) must be a multiple of output_stride ({self.output_stride}); "
@@ -212,6 +214,8 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
     """
     try:
         tree = YAML(typ="rt").load(path.read_text())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; run `isim preset demo` to write one"

@@ -136,6 +136,10 @@ class Run:
         ]
         self._try(lambda: self._client.log_batch(self._parent_id, metrics=copies))
 
+    def tag(self, name: str, value: str) -> None:
+        """Tag the run, e.g. with the precision that `auto` stood for on this machine."""
+        self._try(lambda: self._client.set_tag(self.run_id, name, value))
+
     def artifact_file(self, path: Path) -> None:
         """Attach a file, under its own name."""
         self._try(lambda: self._client.log_artifact(self.run_id, str(path)))

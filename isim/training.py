@@ -176,8 +176,13 @@ def classify(
         device: Where the network is.
 
     Returns:
-        The figures of `metrics.classification_figures`.
+        The figures of `metrics.classification_figures`; none without items.
+
+    Raises:
+        UserError: Scores that are not finite.
     """
+    if not items:
+        return {}
     network.eval()
 
     def read(item: Item) -> torch.Tensor:
@@ -192,4 +197,9 @@ def classify(
             views = normalize(image[None].to(device), config.mean, config.std)
             views = views.contiguous(memory_format=torch.channels_last)
             logits[row] = network(views, False)[0][0].float().cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "the network's scores are not finite after this epoch: the rates are likely too "
+            "high; lower train_cam.optimizer.encoder_rate and classifier_rate"
+        )
     return metrics.classification_figures(np.stack([item.image_label for item in items]), logits)

@@ -60,7 +60,7 @@ def half_removed():
     remove = shutil.rmtree
 
     def wrapped(path, **options):
-        if Path(path).name == "train_cam" and Path(path).parent.name == "resume":
+        if Path(path).parent.name == "train_cam" and "resume" in Path(path).parts:
             for entry in Path(path).iterdir():
                 if entry.is_dir():
                     remove(entry)

@@ -49,7 +49,8 @@ class Prepared:
         items = self.splits.get(name)
         if items is None:
             raise UserError(
-                f"no split '{name}' in the prepared data; use one of {', '.join(self.splits)}"
+                f"no split '{name}' in the prepared data; use one of {', '.join(self.splits)} "
+                "(train_cam.eval_split may also be none)"
             )
         if not items:
             raise UserError(f"split '{name}' is empty; add images to it and run `isim prepare`")

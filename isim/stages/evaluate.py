@@ -97,13 +97,16 @@ def run(params: Evaluate, root: Path) -> None:
             confusions[folder.name] = confusion
             report[folder.name] = _figures("pseudo_label", confusion)
             tracked.metrics(report[folder.name], step=int(folder.name.removeprefix("round_")))
-        tracked.headline(
-            {
-                f"{split}_{k}": report[split][k]
-                for split in splits
-                for k in ("cam_miou", "cam_crf_miou")
-            }
-        )
+        headline = {
+            f"{split}_{name}": report[split][name]
+            for split in splits
+            for name in ("cam_miou", "cam_crf_miou")
+        }
+        # Here too: train_cam may have come from DVC's run-cache, without an MLflow run.
+        rounds = [name for name in report if name.startswith("round_")]
+        if rounds:
+            headline["pseudo_label_miou"] = report[rounds[-1]]["pseudo_label_miou"]
+        tracked.headline(headline)
         per_class = _per_class(confusions, names)
         tracked.table("per_class", per_class)
         atomic.write_csv(reports / "sweep.csv", sweep)

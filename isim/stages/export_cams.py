@@ -1,6 +1,5 @@
 """Write the CAMs of the final checkpoint at a stride (spec 4), for `evaluate` and affinity."""
 
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -41,18 +40,16 @@ def run(params: ExportCams, root: Path) -> None:
     engine.place(network, device)
     precision = engine.resolve_precision(params.precision, device)
     settings = CamSettings(params.scales, params.flip, precision)
-    resume = home(root) / ".isim/resume/export_cams"
     key = engine.run_digest(
         digest(params), [root / "data/prepared", checkpoint], engine.code_files("export_cams")
     )
-    if not (resume / key).is_dir():
-        shutil.rmtree(resume, ignore_errors=True)
+    resume = engine.resume_folder(home(root) / ".isim/resume/export_cams", key)
     inputs = {"data/prepared": root / "data/prepared", "models/train_cam": checkpoint.parent}
     num_labels = len(config.classes) + 1
     report: dict[str, dict[str, float]] = {}
     with tracking.stage_run("export_cams", params, root, inputs) as tracked:
         for split, items in chosen.items():
-            folder = resume / key / split
+            folder = resume / "cams" / split
             atomic.make_directory(folder)
             for leftover in folder.glob(".tmp-*"):
                 leftover.unlink()
@@ -80,10 +77,11 @@ def run(params: ExportCams, root: Path) -> None:
                 "megabytes": sum(p.stat().st_size for p in folder.glob("*.npz")) / 1e6,
             }
             if any(item.mask for item in items):
-                full_miou, stored_miou = (
-                    metrics.miou(np.sum([dense(line[name], num_labels) for line in lines], axis=0))
-                    for name in ("full", "stored")
-                )
+                confusions = np.zeros((2, num_labels, num_labels), np.int64)
+                for line in lines:
+                    confusions[0] += dense(line["full"], num_labels)
+                    confusions[1] += dense(line["stored"], num_labels)
+                full_miou, stored_miou = map(metrics.miou, confusions)
                 report[split] |= {
                     "cam_miou_full_size": full_miou,
                     "cam_miou_stored": stored_miou,
@@ -91,11 +89,11 @@ def run(params: ExportCams, root: Path) -> None:
                 }
             tracked.metrics({f"{split}_{name}": value for name, value in report[split].items()})
             tqdm.write(f"export_cams: {len(items)} CAMs of {split}")
-        atomic.copy_tree(resume / key, root / "data/cams")
+        atomic.copy_tree(resume / "cams", root / "data/cams")
         atomic.write_json(
             root / "reports/export_cams/metrics.json", {"precision": precision, **report}
         )
-    shutil.rmtree(resume)
+    engine.remove_resume_folder(resume)
 
 
 def _shrink(planes: Tensor, stride: int) -> Tensor:

@@ -34,10 +34,10 @@ def run(params: TrainCam, root: Path) -> None:
         UserError: Unusable data, weights or parameters; a loss that is not finite.
     """
     prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
-    items, held_out = prepared.split(params.split), prepared.split(params.eval_split)
+    items = prepared.split(params.split)
+    held_out = () if params.eval_split == "none" else prepared.split(params.eval_split)
     if params.method != "cam" and min(params.batch, len(items)) < 2:
         raise UserError("train_cam.batch: the decoder's batch statistics need at least 2 images")
-    engine.keep_freed_memory()
     device = engine.default_device()
     precision = engine.resolve_precision(params.precision, device)
     weights = resolve_path(params.weights, root)
@@ -48,12 +48,12 @@ def run(params: TrainCam, root: Path) -> None:
     engine.place(network, device)
     optimizer = training.make_optimizer(network, params)
 
-    resume = home(root) / ".isim/resume/train_cam"
     key = engine.run_digest(
         digest(params),
         [root / "data/prepared", *([weights] if weights.is_file() else [])],
         engine.code_files("train_cam"),
     )
+    resume = engine.resume_folder(home(root) / ".isim/resume/train_cam", key)
     state = resume / "state.safetensors"
     progress = engine.read_progress(state, key)
     if progress is None:
@@ -69,9 +69,10 @@ def run(params: TrainCam, root: Path) -> None:
     shown = pictures.choose(items, params.pictures)
     settings = CamSettings(params.scales, params.flip, precision)
     dataset = CropDataset(items, params.crop, config.mean, config.std, params.seed, None)
-    with tracking.stage_run(
-        "train_cam", params, root, {"data/prepared": root / "data/prepared"}
-    ) as tracked:
+    inputs = {"data/prepared": root / "data/prepared", "weights": weights}
+    with tracking.stage_run("train_cam", params, root, inputs) as tracked:
+        tracked.tag("precision", precision)
+        tracked.tag("device", str(device))
 
         def finish_round(epoch: int) -> None:
             """Make the round's labels (or the rest of them), then train on them."""
@@ -120,9 +121,10 @@ def run(params: TrainCam, root: Path) -> None:
         rows = progress["epochs"]
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
-                row = training.train_epoch(
-                    network, optimizer, dataset, params, epoch, precision, device
-                )
+                with engine.keep_freed_memory():
+                    row = training.train_epoch(
+                        network, optimizer, dataset, params, epoch, precision, device
+                    )
                 figures = training.classify(
                     network, config, held_out, params.crop, precision, device
                 )
@@ -132,7 +134,8 @@ def run(params: TrainCam, root: Path) -> None:
                 tqdm.write(
                     f"epoch {epoch}/{params.epochs}: classification "
                     f"{row['classification_loss']:.4f}, segmentation "
-                    f"{row['segmentation_loss']:.4f}, val mAP {row['val_class_map']:.3f}"
+                    f"{row['segmentation_loss']:.4f}, train mAP {row['train_class_map']:.3f}, "
+                    f"val mAP {row.get('val_class_map', float('nan')):.3f}"
                 )
             # Of a resumed run all rows again: it may have a new MLflow run, and one that goes on
             # drops the steps that it holds.
@@ -149,7 +152,8 @@ def run(params: TrainCam, root: Path) -> None:
             for number in range(1, len(params.round_epochs) + 1)
         ]
         _publish(root, resume, rounds, rows, shown)
-        _report(params, root, rounds, rows, precision, items)
+        weights_md5 = tracking.md5(weights) if weights.is_file() else None
+        _report(params, root, rounds, rows, precision, items, weights_md5)
         last = rounds[-1]["row"]
         tracked.headline({k: last[k] for k in ("cam_miou", "pseudo_label_miou")})
         tracked.table("per_class", [row for entry in rounds for row in entry["per_class"]])
@@ -157,7 +161,7 @@ def run(params: TrainCam, root: Path) -> None:
         tracked.register_model("cam", root / "models/train_cam/model.safetensors")
     # First: what a kill leaves of the folder must not pass for a state to go on from.
     state.unlink()
-    shutil.rmtree(resume)
+    engine.remove_resume_folder(resume)
 
 
 def _config(params: TrainCam, prepared: Prepared) -> cam.CamConfig:
@@ -201,6 +205,7 @@ def _publish(
     atomic.copy_tree(resume / "pseudo_labels", root / "data/pseudo_labels")
     names = [f"round_{entry['row']['round']:02d}" for entry in rounds]
     folder = root / "reports/train_cam/pictures"
+    shutil.rmtree(folder, ignore_errors=True)
     for item in shown:
         strips = [_strip(item, resume, name, columns=4) for name in names]
         viz.write_png(folder / f"{item.id}.png", np.concatenate(strips))
@@ -224,6 +229,7 @@ def _report(
     epochs: list[dict[str, Any]],
     precision: str,
     items: tuple[Item, ...],
+    weights_md5: str | None,
 ) -> None:
     """Write reports/train_cam: a row a round, an epoch, a class, and the headline."""
     reports = root / "reports/train_cam"
@@ -237,6 +243,7 @@ def _report(
         {
             "method": params.method,
             "optimizer_profile": params.optimizer.profile,
+            "weights_md5": weights_md5,
             "precision": precision,
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
