@@ -142,6 +142,16 @@ def test_signals_unwind_the_command(number, expected, tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_tracking_server_that_is_not_there_stops_the_stage_before_it_writes(project):
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "isim", "prepare"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("isim: error: cannot") and done.stderr.count("\n") == 1
+    assert "MLFLOW_TRACKING_URI" in done.stderr
+    assert not (project / "data").exists() and not (project / "reports").exists()
+
+
 def test_a_stage_waits_for_another_run_of_itself(tmp_path, monkeypatch):
     """Both would use one resume folder: `dvc exp run --temp` beside `dvc repro`."""
     monkeypatch.delenv("DVC_ROOT", raising=False)
