@@ -188,11 +188,10 @@ def resume_folder(base: Path, digest: str) -> Path:
 
     So an interrupted run is still there after another one was tried.
     """
-    with contextlib.suppress(FileNotFoundError):
-        others = [path for path in base.iterdir() if path.name != digest]
-        others.sort(key=lambda path: path.stat().st_mtime)
-        for path in others[:-1]:
-            shutil.rmtree(path, ignore_errors=True)
+    others = [path for path in base.glob("*") if path.name != digest]
+    others.sort(key=lambda path: path.stat().st_mtime)
+    for path in others[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
     return base / digest
 
 

@@ -1,5 +1,6 @@
 """Rates, seeds, and the state that a run goes on from."""
 
+import os
 import random
 from functools import partial
 
@@ -166,3 +167,21 @@ def test_threads_are_set_back_after_an_error():
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def test_an_interrupted_run_outlives_one_try_of_another(tmp_path):
+    def begin(digest):
+        folder = engine.resume_folder(tmp_path / "resume", digest)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    first, second = begin("first"), begin("second")
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    assert begin("first") == first and second.exists()
+    third = begin("third")
+    assert not first.exists() and second.exists()
+    engine.remove_resume_folder(third)
+    assert second.exists()
+    engine.remove_resume_folder(second)
+    assert not (tmp_path / "resume").exists()
