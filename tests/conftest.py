@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,12 @@ VOC_NAMES = {"bird": 3, "cat": 8, "cow": 10, "dog": 12, "person": 15}
 MakeDevkit = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 TINY = params.load(ROOT / "isim/presets/tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """A background job starts with Ctrl-C ignored, and so would processes that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _make_devkit(
