@@ -193,4 +193,6 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
+    # The dCRF workers would import this script, and torch, again: no stage makes them do that.
+    del __file__
     main()
