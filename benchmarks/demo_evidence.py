@@ -50,23 +50,12 @@ def supervised(settings: TrainCam, root: Path) -> float:
     device = engine.default_device()
     precision = engine.resolve_precision(settings.precision, device)
     engine.seed_all(settings.seed)
-    mean, std = cam.normalization(settings.encoder, settings.input_norm)
-    config = cam.CamConfig(
-        method=settings.method,
-        encoder=settings.encoder,
-        output_stride=settings.output_stride,
-        encoder_norm=settings.encoder_norm,
-        atrous_rates=settings.atrous_rates,
-        decoder_channels=settings.decoder_channels,
-        classes=prepared.classes,
-        mean=mean,
-        std=std,
-    )
+    config = cam.configure(settings, prepared.classes)
     network = cam.build(config)
     engine.place(network, device)
     optimizer = training.make_optimizer(network, settings)
     masks = {item.id: item.mask for item in items if item.mask is not None}
-    dataset = CropDataset(items, settings.crop, mean, std, settings.seed, masks)
+    dataset = CropDataset(items, settings.crop, config.mean, config.std, settings.seed, masks)
     for epoch in range(1, settings.epochs + 1):
         training.train_epoch(network, optimizer, dataset, settings, epoch, precision, device)
 
@@ -76,7 +65,7 @@ def supervised(settings: TrainCam, root: Path) -> float:
         assert item.mask is not None
         pixels = torch.from_numpy(files.read_image(item.image)).permute(2, 0, 1)[None]
         with torch.inference_mode(), engine.autocast(precision, device):
-            logits = network(normalize(pixels.to(device), mean, std), True)[1]
+            logits = network(normalize(pixels.to(device), config.mean, config.std), True)[1]
         assert logits is not None
         found = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         total += metrics.confusion_matrix(files.read_label_map(item.mask), found, len(total))

@@ -30,18 +30,7 @@ def one_thread(monkeypatch):
 
 
 def config_of(params, prepared):
-    mean, std = cam.normalization(params.encoder, params.input_norm)
-    return cam.CamConfig(
-        method=params.method,
-        encoder=params.encoder,
-        output_stride=params.output_stride,
-        encoder_norm=params.encoder_norm,
-        atrous_rates=params.atrous_rates,
-        decoder_channels=params.decoder_channels,
-        classes=prepared.classes,
-        mean=mean,
-        std=std,
-    )
+    return cam.configure(params, prepared.classes)
 
 
 @pytest.fixture

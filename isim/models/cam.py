@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isim.errors import UserError
+from isim.params import TrainCam
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,26 @@ def build(config: CamConfig) -> CamNetwork:
     nn.init.normal_(classifier.weight, std=0.01, generator=start)
     frozen = config.encoder_norm == "frozen"
     return CamNetwork(encoder, classifier, decoder, head, frozen)
+
+
+def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
+    """Configuration of the network that a section asks for.
+
+    Raises:
+        UserError: An encoder that timm does not know.
+    """
+    mean, std = normalization(params.encoder, params.input_norm)
+    return CamConfig(
+        method=params.method,
+        encoder=params.encoder,
+        output_stride=params.output_stride,
+        encoder_norm=params.encoder_norm,
+        atrous_rates=params.atrous_rates,
+        decoder_channels=params.decoder_channels,
+        classes=classes,
+        mean=mean,
+        std=std,
+    )
 
 
 def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

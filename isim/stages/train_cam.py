@@ -42,7 +42,7 @@ def run(params: TrainCam, root: Path) -> None:
     precision = engine.resolve_precision(params.precision, device)
     weights = resolve_path(params.weights, root)
     engine.seed_all(params.seed)
-    config = _config(params, prepared)
+    config = cam.configure(params, prepared.classes)
     network = cam.build(config)
     cam.load_encoder_weights(network, params.encoder, params.weights, weights)
     engine.place(network, device)
@@ -162,21 +162,6 @@ def run(params: TrainCam, root: Path) -> None:
     # First: what a kill leaves of the folder must not pass for a state to go on from.
     state.unlink()
     engine.remove_resume_folder(resume)
-
-
-def _config(params: TrainCam, prepared: Prepared) -> cam.CamConfig:
-    mean, std = cam.normalization(params.encoder, params.input_norm)
-    return cam.CamConfig(
-        method=params.method,
-        encoder=params.encoder,
-        output_stride=params.output_stride,
-        encoder_norm=params.encoder_norm,
-        atrous_rates=params.atrous_rates,
-        decoder_channels=params.decoder_channels,
-        classes=prepared.classes,
-        mean=mean,
-        std=std,
-    )
 
 
 def _per_class(number: int, prepared: Prepared, scores: Scores) -> list[dict[str, Any]]:
