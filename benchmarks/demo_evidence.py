@@ -55,9 +55,11 @@ def supervised(settings: TrainCam, root: Path) -> float:
     engine.place(network, device)
     optimizer = training.make_optimizer(network, settings)
     masks = {item.id: item.mask for item in items if item.mask is not None}
-    dataset = CropDataset(items, settings.crop, config.mean, config.std, settings.seed, masks)
+    dataset = CropDataset(items, settings.crop, config.mean, config.std, settings.seed, [masks])
+    dataset.use_labels(0)
+    crops = training.CropBatches(dataset, settings, device)
     for epoch in range(1, settings.epochs + 1):
-        training.train_epoch(network, optimizer, dataset, settings, epoch, precision, device)
+        training.train_epoch(network, optimizer, crops, settings, epoch, precision, device)
 
     network.eval()
     total = np.zeros((len(prepared.classes) + 1,) * 2, np.int64)

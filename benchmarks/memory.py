@@ -2,7 +2,8 @@
 
 Each count runs in a process of its own; its peak is the proportional set size summed over its
 process tree, sampled ten times a second. Scale 0.5 and one mean-field step keep the run short:
-neither changes what an image in flight holds at full size.
+neither changes what an image in flight holds at full size. The 100 are spread evenly over the
+562 ordered by size, so that the largest image is in both.
 
 Real images are taken from `$ISIM_SHARED` (default ../shared) where it exists, generated ones
 otherwise. The ratio is the result.
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 COUNTS = (100, 562)
@@ -25,18 +27,23 @@ def run(count: int) -> None:
     from regeneration import CRF, THRESHOLD, items, network
 
     from isim import engine
+    from isim.data import files
     from isim.regeneration import CamSettings, regenerate
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         device = engine.default_device()
+        chosen = items(COUNTS[-1], folder)
+        chosen.sort(key=lambda item: files.image_size(item.image))
+        # Evenly over the sizes, with the largest: its CAMs are what either count must hold.
+        places = np.linspace(0, len(chosen) - 1, count).round().astype(int)
         net, config = network()
         engine.place(net, device)
         settings = CamSettings((0.5,), True, engine.resolve_precision("auto", device))
         regenerate(
             net,
             config,
-            items(count, folder),
+            [chosen[place] for place in places],
             folder / "labels",
             folder / "scratch",
             settings,

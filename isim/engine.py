@@ -22,6 +22,7 @@ from isim.errors import UserError
 
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_keeps_memory = False
 
 
 def default_device() -> torch.device:
@@ -52,13 +53,15 @@ def keep_freed_memory() -> Iterator[None]:
     """Inside the block glibc keeps what is freed for the next step; without glibc do nothing.
 
     Otherwise every large activation is given back to the kernel and cleared again when the next
-    step asks for it: about a seventh of a training step's CPU time. For training only, whose
-    steps are alike: images of many sizes would scatter over a heap that never shrinks.
+    step asks for it: about a seventh of a training step's CPU time. Around a whole training run:
+    its steps are alike, so that the heap is as large as it gets after the first ones.
     """
+    global _keeps_memory
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
         return
+    _keeps_memory = True
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -67,6 +70,18 @@ def keep_freed_memory() -> Iterator[None]:
         # glibc's own values.
         libc.mallopt(_M_MMAP_MAX, 65536)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+        _keeps_memory = False
+
+
+def trim_freed_memory() -> None:
+    """Give what is free back to the kernel, unless inside `keep_freed_memory`.
+
+    Images of many sizes leave holes all over the heap, which would grow for as long as new sizes
+    come.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim") and not _keeps_memory:
         libc.malloc_trim(0)
 
 

@@ -39,43 +39,69 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return max(1, count // batch)
 
 
-def _batches(
-    dataset: CropDataset, params: TrainCam, epoch: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of an epoch on `device`; the last, incomplete one is dropped.
+class CropBatches:
+    """Batches of crops, epoch after epoch, from the same loader processes.
 
-    A batch of one image could not be normalised by its own statistics; the images left out
-    differ every epoch.
+    They are forked when the first epoch starts, before training fills the memory: processes
+    forked later would keep a copy of every page that training then changes.
+
+    Args:
+        dataset: The crops.
+        params: Batch size and seed.
+        device: Where the batches go.
     """
-    dataset.set_epoch(epoch)
-    count = steps_per_epoch(len(dataset), params.batch) * params.batch
-    loader = DataLoader(
-        dataset,
-        batch_size=min(params.batch, len(dataset)),
-        sampler=epoch_order(len(dataset), params.seed, epoch)[:count].tolist(),
-        num_workers=engine.worker_count(),
-        pin_memory=device.type == "cuda",
-    )
-    try:
-        for batch in loader:
-            yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    except UserError as error:
-        # A loader process sends its whole traceback as the message: keep the last line.
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            "a data loader process died (out of memory?); run the same command again with a "
-            f"smaller ISIM_WORKERS than {engine.worker_count()}: finished epochs are kept"
-        ) from error
+
+    def __init__(self, dataset: CropDataset, params: TrainCam, device: torch.device) -> None:
+        """Describe the batches; no process is started yet."""
+        self.dataset = dataset
+        self._params = params
+        self._device = device
+        workers = engine.worker_count()
+        self._order: list[int] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_size=min(params.batch, len(dataset)),
+            sampler=self._order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # Its own: only the first epoch would draw from the default one, so that a resumed
+            # run's dropout would differ.
+            generator=torch.Generator(),
+            pin_memory=device.type == "cuda",
+        )
+
+    def epoch(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of an epoch on the device; the last, incomplete one is dropped.
+
+        A batch of one image could not be normalised by its own statistics; the images left
+        out differ every epoch.
+
+        Raises:
+            UserError: An unreadable image or label, or a loader process that died.
+        """
+        self.dataset.set_epoch(epoch)
+        count = steps_per_epoch(len(self.dataset), self._params.batch) * self._params.batch
+        self._order[:] = epoch_order(len(self.dataset), self._params.seed, epoch)[:count].tolist()
+        try:
+            for batch in self._loader:
+                yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+        except UserError as error:
+            # A loader process sends its whole traceback as the message: keep the last line.
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                "a data loader process died (out of memory?); run the same command again with a "
+                f"smaller ISIM_WORKERS than {engine.worker_count()}: finished epochs are kept"
+            ) from error
 
 
 def train_epoch(
     network: CamNetwork,
     optimizer: torch.optim.Optimizer,
-    dataset: CropDataset,
+    crops: CropBatches,
     params: TrainCam,
     epoch: int,
     precision: str,
@@ -88,7 +114,7 @@ def train_epoch(
     Args:
         network: Updated in place.
         optimizer: Of `make_optimizer`; its rates follow the poly schedule each step.
-        dataset: Crops with the labels of the current round, if there is one.
+        crops: Crops with the labels of the current round, if there is one.
         params: The stage's section.
         epoch: 1-based; seeds the order, the augmentation and the dropout.
         precision: Resolved: fp32 or bf16.
@@ -105,14 +131,14 @@ def train_epoch(
     engine.seed_all(params.seed, epoch)
     network.train()
     segment = network.decoder is not None and epoch > params.warmup_epochs
-    steps = steps_per_epoch(len(dataset), params.batch)
+    steps = steps_per_epoch(len(crops.dataset), params.batch)
     schedule = params.optimizer
     horizon = steps * (schedule.poly_epochs or params.epochs)
     sums = {"classification_loss": 0.0, "segmentation_loss": 0.0}
     without_foreground = 0
     logits_seen, labels_seen = [], []
     batches = tqdm(
-        _batches(dataset, params, epoch, device),
+        crops.epoch(epoch),
         total=steps,
         desc=f"epoch {epoch}/{params.epochs}",
         disable=None,

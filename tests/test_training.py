@@ -55,13 +55,17 @@ class Trainer:
         self.network = cam.build(config_of(params, prepared))
         self.optimizer = training.make_optimizer(self.network, params)
         config = config_of(params, prepared)
-        self.dataset = CropDataset(
-            items or prepared.split("train"), params.crop, config.mean, config.std, 0, labels
+        items = items or prepared.split("train")
+        dataset = CropDataset(
+            items, params.crop, config.mean, config.std, 0, [labels] if labels else []
         )
+        if labels:
+            dataset.use_labels(0)
+        self.crops = training.CropBatches(dataset, params, CPU)
 
     def epoch(self, number, precision="fp32"):
         return training.train_epoch(
-            self.network, self.optimizer, self.dataset, self.params, number, precision, CPU
+            self.network, self.optimizer, self.crops, self.params, number, precision, CPU
         )
 
     def weights(self, part):

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
-        label_paths: dict[str, Path] | None,
+        labels: Sequence[Mapping[str, Path]],
         flip: bool = True,
     ) -> None:
         """Describe the crops; nothing is read yet.
@@ -149,15 +149,16 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             mean: (3,) mean of the encoder's input normalisation, for values in [0, 1].
             std: (3,) standard deviation, likewise.
             seed: Seed of all draws.
-            label_paths: Label map of each item id; None = no labels, all IGNORE.
+            labels: Sets of label maps, each from item ids to paths; `use_labels` chooses one.
             flip: Whether to mirror at random.
         """
         self.items = items
         self.crop = crop
         self.seed = seed
-        self.label_paths = label_paths
+        self.labels = labels
         # Shared memory, so that workers which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._labels_used = torch.full((), -1, dtype=torch.int64).share_memory_()
         mean_colour = [round(255 * value) for value in mean]
         self._crop_and_flip = v2.Compose(
             [
@@ -176,6 +177,10 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose crops are drawn; call it before the epoch's iterator is made."""
         self._epoch.fill_(epoch)
+
+    def use_labels(self, index: int) -> None:
+        """Read the label maps of `labels[index]` from now on; before, all labels are IGNORE."""
+        self._labels_used.fill_(index)
 
     def __len__(self) -> int:
         """Number of items."""
@@ -206,9 +211,10 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def _read_label(self, item: Item, size: tuple[int, ...]) -> np.ndarray:
-        if self.label_paths is None:
+        index = int(self._labels_used)
+        if index < 0:
             return np.full(size, IGNORE, np.uint8)
-        path = self.label_paths[item.id]
+        path = self.labels[index][item.id]
         label = read_label_map(path)
         if label.shape != size:
             raise UserError(

@@ -49,6 +49,19 @@ def read_image(path: Path) -> np.ndarray:
         raise _unreadable("image", path, error) from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image in pixels, from its header alone.
+
+    Raises:
+        UserError: The file is missing or unreadable.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except _DAMAGED as error:
+        raise _unreadable("image", path, error) from error
+
+
 def read_label_map(path: Path) -> np.ndarray:
     """Read a label map: the class ids of an 8-bit palette or grey PNG.
 

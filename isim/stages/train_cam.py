@@ -68,9 +68,19 @@ def run(params: TrainCam, root: Path) -> None:
 
     shown = pictures.choose(items, params.pictures)
     settings = CamSettings(params.scales, params.flip, precision)
-    dataset = CropDataset(items, params.crop, config.mean, config.std, params.seed, None)
+    rounds_of_labels = [
+        {item.id: resume / f"pseudo_labels/round_{number:02d}/{item.id}.png" for item in items}
+        for number in range(1, len(params.round_epochs) + 1)
+    ]
+    dataset = CropDataset(
+        items, params.crop, config.mean, config.std, params.seed, rounds_of_labels
+    )
+    crops = training.CropBatches(dataset, params, device)
     inputs = {"data/prepared": root / "data/prepared", "weights": weights}
-    with tracking.stage_run("train_cam", params, root, inputs) as tracked:
+    with (
+        engine.keep_freed_memory(),
+        tracking.stage_run("train_cam", params, root, inputs) as tracked,
+    ):
         tracked.tag("precision", precision)
         tracked.tag("device", str(device))
 
@@ -116,15 +126,14 @@ def run(params: TrainCam, root: Path) -> None:
                 cells = _strip(item, resume, name, columns=2)
                 tracked.image(f"pictures/{item.id}", cells, step=number)
             if params.method != "cam":
-                dataset.label_paths = {item.id: labels / f"{item.id}.png" for item in items}
+                dataset.use_labels(number - 1)
 
         rows = progress["epochs"]
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
-                with engine.keep_freed_memory():
-                    row = training.train_epoch(
-                        network, optimizer, dataset, params, epoch, precision, device
-                    )
+                row = training.train_epoch(
+                    network, optimizer, crops, params, epoch, precision, device
+                )
                 figures = training.classify(
                     network, config, held_out, params.crop, precision, device
                 )

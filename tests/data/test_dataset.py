@@ -87,7 +87,10 @@ def make_items(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Item], 
 
 
 def dataset(items, labels, seed=3, crop=48):
-    return CropDataset(items, crop, MEAN, STD, seed, labels)
+    data = CropDataset(items, crop, MEAN, STD, seed, [labels] if labels else [])
+    if labels:
+        data.use_labels(0)
+    return data
 
 
 def test_crop_shapes_types_and_alignment(tmp_path):
@@ -161,7 +164,7 @@ def test_flips_happen_and_can_be_switched_off(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     items = [Item("ramp", tmp_path / "ramp.png", None, np.ones(1, np.float32))]
     for flip, expected in ((True, {True, False}), (False, {True})):
-        data = CropDataset(items, 32, MEAN, STD, 0, None, flip=flip)
+        data = CropDataset(items, 32, MEAN, STD, 0, [], flip=flip)
         rising = set()
         for epoch in range(20):
             data.set_epoch(epoch)
