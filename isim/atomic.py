@@ -39,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         building.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -82,10 +82,11 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the one line that tells of a failed write."""
     reason = error.strerror or str(error)
     return UserError(
         f"cannot write {path}: {reason}; free space or fix the permissions of {path.parent} "

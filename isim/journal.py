@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from isim import atomic
+
 
 class Journal:
     """One JSON line an image, appended as it is finished and readable after kill -9.
@@ -16,19 +18,27 @@ class Journal:
 
     Attributes:
         lines: What is known, by image id.
+
+    Raises:
+        UserError: Opening or appending fails: a full disk, or a folder without permission.
     """
 
     def __init__(self, path: Path) -> None:
         """Read what is there and open the file for more."""
         self.lines: dict[str, dict[str, Any]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            text = path.read_text()
-            # A kill in the middle of a write leaves a last line without its end: cut it off.
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
-            self.lines = {line["id"]: line for line in map(json.loads, whole.splitlines())}
-        self._file = path.open("a")
+        self._path = path
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                text = path.read_text()
+                # A kill in the middle of a write leaves a last line without its end: cut it off.
+                whole = text[: text.rfind("\n") + 1]
+                if whole != text:
+                    os.truncate(path, len(whole.encode()))
+                self.lines = {line["id"]: line for line in map(json.loads, whole.splitlines())}
+            # Unbuffered: nothing is left to be written, and to fail, when it is closed.
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise atomic.unwritable(path, error) from error
 
     def __enter__(self) -> Self:
         """Return the journal; the file is closed with the block."""
@@ -40,8 +50,10 @@ class Journal:
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one image's line; its `id` must be set."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            raise atomic.unwritable(self._path, error) from error
         self.lines[line["id"]] = line
 
     def keep(self, finished: Iterator[str]) -> None:

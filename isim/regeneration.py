@@ -178,7 +178,7 @@ def regenerate(
                 if item.id in pictured:
                     files.write_cam(scratch / f"{item.id}.npz", planes, ids, planes.shape[1:])
                 if item.mask is not None:
-                    truth = files.read_label_map(item.mask)
+                    truth = files.read_truth(item.mask, planes.shape[1:], num_labels)
                     sweeps[item.id] = _sweep_counts(truth, planes, ids, num_labels)
                 seed = seeds.seed(planes, ids, threshold)
                 out = labels / f"{item.id}.png"

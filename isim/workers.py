@@ -76,7 +76,7 @@ def refine_image(task: RefineTask) -> RefineResult:
     seed_counts: Counts = []
     label_counts: Counts = []
     if task.mask is not None:
-        truth = files.read_label_map(task.mask)
+        truth = files.read_truth(task.mask, task.seed.shape, task.num_labels)
         seed_counts = sparse(metrics.confusion_matrix(truth, task.seed, task.num_labels))
         label_counts = sparse(metrics.confusion_matrix(truth, label, task.num_labels))
     # Written last: a PNG that is there has been scored.

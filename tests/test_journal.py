@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from isim.errors import UserError
 from isim.journal import Journal
 
 
@@ -41,3 +42,13 @@ def test_only_images_whose_outputs_are_there_are_kept(tmp_path):
             journal.add(line(name))
         journal.keep(iter(["a", "c", "x"]))
         assert list(journal.lines) == ["a", "c"]
+
+
+def test_a_full_disk_and_a_missing_folder_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*nowhere/j: No such file"):
+        Journal(tmp_path / "nowhere/j")
+    with Journal(tmp_path / "j") as journal:
+        journal._file = open("/dev/full", "ab", buffering=0)
+        with pytest.raises(UserError, match="cannot write .*j: No space left"):
+            journal.add(line("a"))
+        assert journal.lines == {}

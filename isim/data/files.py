@@ -83,6 +83,33 @@ def read_label_map(path: Path) -> np.ndarray:
         raise _unreadable("label map", path, error) from error
 
 
+def read_truth(path: Path, size: tuple[int, ...], num_labels: int) -> np.ndarray:
+    """Read a ground truth that must fit an image: `isim prepare` checked it, it may have changed.
+
+    Args:
+        path: A label map.
+        size: (H, W) of the image in pixels.
+        num_labels: L; values are 0..L-1 or 255.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        UserError: It cannot be read, or has another size or other values.
+    """
+    truth = read_label_map(path)
+    again = "it has changed since; restore it or run `isim prepare` again"
+    if truth.shape != tuple(size):
+        raise UserError(
+            f"mask {path} is {truth.shape[1]}x{truth.shape[0]} pixels, its image "
+            f"{size[1]}x{size[0]}: {again}"
+        )
+    highest = truth[truth != IGNORE].max(initial=0)
+    if highest >= num_labels:
+        raise UserError(f"mask {path} holds label {highest} of 0..{num_labels - 1}: {again}")
+    return truth
+
+
 def _unreadable(what: str, path: Path, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{what} {path} does not exist; restore it or run `isim prepare` again")

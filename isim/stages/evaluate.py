@@ -142,7 +142,7 @@ def _score_cams(
         for item in items:
             assert item.mask is not None
             planes, ids, (height, width) = files.read_cam(folder / f"{item.id}.npz")
-            truth = files.read_label_map(item.mask)
+            truth = files.read_truth(item.mask, (height, width), num_labels)
             grown = np.zeros((len(ids), height, width), np.float32)
             for plane, out in zip(planes, grown, strict=True):
                 cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
@@ -172,9 +172,9 @@ def _score_labels(folder: Path, known: dict[str, Item], num_labels: int) -> NDAr
     for path in sorted(folder.glob("*.png")):
         item = known.get(path.stem)
         if item is not None and item.mask is not None:
-            confusion += metrics.confusion_matrix(
-                files.read_label_map(item.mask), files.read_label_map(path), num_labels
-            )
+            label = files.read_label_map(path)
+            truth = files.read_truth(item.mask, label.shape, num_labels)
+            confusion += metrics.confusion_matrix(truth, label, num_labels)
     return confusion
 
 

@@ -63,7 +63,7 @@ def run(params: ExportCams, root: Path) -> None:
                     small = _shrink(full, params.stride)
                     line = {"id": item.id, "full": [], "stored": []}
                     if item.mask is not None:
-                        truth = files.read_label_map(item.mask)
+                        truth = files.read_truth(item.mask, size, num_labels)
                         for name, planes in (("full", full), ("stored", _grow(small, size))):
                             seed = seeds.seed(planes.cpu().numpy(), ids, params.threshold)
                             line[name] = sparse(metrics.confusion_matrix(truth, seed, num_labels))

@@ -8,9 +8,11 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from isim.data.files import (
+    image_size,
     read_cam,
     read_image,
     read_label_map,
+    read_truth,
     voc_palette,
     write_cam,
     write_label_map,
@@ -87,6 +89,23 @@ def test_missing_files_are_named(tmp_path):
     for read in (read_image, read_label_map, read_cam):
         with pytest.raises(UserError, match="nowhere"):
             read(tmp_path / "nowhere")
+
+
+def test_truth_must_fit_its_image(tmp_path):
+    path = tmp_path / "a.png"
+    write_label_map(path, np.array([[0, 2, 255]], np.uint8))
+    assert read_truth(path, (1, 3), 3).tolist() == [[0, 2, 255]]
+    with pytest.raises(UserError, match=r"a.png is 3x1 pixels, its image 3x2: it has changed"):
+        read_truth(path, (2, 3), 3)
+    with pytest.raises(UserError, match=r"a.png holds label 2 of 0..1: it has changed"):
+        read_truth(path, (1, 3), 2)
+
+
+def test_image_size_is_read_from_the_header(tmp_path):
+    Image.fromarray(np.zeros((5, 9, 3), np.uint8)).save(tmp_path / "a.jpg")
+    assert image_size(tmp_path / "a.jpg") == (5, 9)
+    with pytest.raises(UserError, match="b.jpg does not exist"):
+        image_size(tmp_path / "b.jpg")
 
 
 @given(
