@@ -31,6 +31,7 @@ LEVELS = [
         "isim.models",
         "isim.labels",
         "isim.metrics",
+        "isim.convergence",
         "isim.viz",
         "isim.preset",
         "isim.results",

@@ -1,0 +1,58 @@
+"""When a round is due by convergence of the losses: the second procedure of Fig. 4 (spec 3.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """A round after every epoch at which both losses have stopped to improve.
+
+    A loss has converged when its best value of the last `patience` epochs is not more than
+    `tolerance`, relatively, below its best of the epochs before these. A round is due when the
+    classification and the segmentation loss have both converged, and in any case `cap` epochs
+    after the last one. The paper does not give its rule; this is the usual one of early stopping.
+
+    Only epochs since the last round count (for the first round, since the start): new labels
+    make the segmentation loss jump, and an old best value would then hold forever. During the
+    warm-up there is no segmentation loss, and the classification loss decides alone.
+
+    Hence rounds lie at least `patience` + 1 epochs apart, or `cap` where that is less: a cap of
+    no more than `patience` + 1 is the fixed frequency `cap`.
+
+    Args:
+        patience: Epochs, at least 1.
+        tolerance: Fraction of the loss, in [0, 1).
+        cap: Epochs, at least 1.
+
+    Raises:
+        ValueError: A value out of its range.
+    """
+
+    patience: int
+    tolerance: float
+    cap: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.patience < 1 or self.cap < 1 or not 0 <= self.tolerance < 1:
+            raise ValueError(f"patience and cap must be 1 or more, tolerance in [0, 1): {self}")
+
+    def due(self, history: Sequence[tuple[float, float | None]]) -> bool:
+        """Tell whether a round follows the last epoch of `history`.
+
+        Args:
+            history: Mean classification and segmentation loss of every epoch since the last
+                round, oldest first; the latter None in epochs that have none.
+        """
+        if len(history) >= self.cap:
+            return True
+        classification = [loss for loss, _ in history]
+        segmentation = [loss for _, loss in history if loss is not None]
+        return self._converged(classification) and (
+            not segmentation or self._converged(segmentation)
+        )
+
+    def _converged(self, losses: Sequence[float]) -> bool:
+        before, last = losses[: -self.patience], losses[-self.patience :]
+        return bool(before) and min(last) >= (1 - self.tolerance) * min(before)
