@@ -72,6 +72,12 @@ def test_the_paper_presets_hold_the_values_of_section_4_1(method):
     assert values.prepare.download and values.prepare.sbd
 
 
+@pytest.mark.parametrize("method", [*params.METHODS, "smp:FPN"])
+def test_every_method_is_accepted(method, tree):
+    tree["train_cam"] |= {"method": method, "output_stride": 16}
+    assert params.validate(tree, "here").train_cam.method == method
+
+
 def test_rounds_end_before_the_last_epoch(tree):
     tree["train_cam"] |= {"warmup_epochs": 2, "round_every": 3, "epochs": 8}
     assert params.validate(tree, "here").train_cam.round_epochs == (2, 5)
@@ -82,6 +88,9 @@ def test_rounds_end_before_the_last_epoch(tree):
     [
         ("train_cam", {"warmup_epochs": 50, "epochs": 50}, "warmup_epochs"),
         ("train_cam", {"method": "deeplabcam", "crop": 100}, "multiple of output_stride"),
+        ("train_cam", {"method": "deeplabcam", "output_stride": 32}, "too coarse"),
+        ("train_cam", {"method": "unetcam"}, "unetcam_learnable"),
+        ("train_cam", {"method": "smp:"}, "smp:FPN"),
         ("train_cam", {"threshold": 1.5}, "train_cam.threshold"),
         ("train_cam", {"scales": []}, "train_cam.scales"),
         ("train_cam", {"segmentation_weight": float("nan")}, "segmentation_weight"),

@@ -1,10 +1,14 @@
 """Networks of the ISIM loop: encoder, classification branch, optional decoder (paper 3.2).
 
-`cam` has no decoder (the baseline); `deeplabcam` adds the one of DeepLabv3 (paper 3.2.1).
+`cam` has no decoder (the baseline); `deeplabcam` adds the one of DeepLabv3, `unetcam_learnable`
+and `unetcam_bilinear` a U-Net's (paper 3.2.1, Table 3), `smp:<Name>` that of any architecture of
+segmentation-models-pytorch which can serve.
 """
 
 import difflib
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +19,29 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from segmentation_models_pytorch.base import SegmentationHead
+from segmentation_models_pytorch.base.initialization import initialize_head
 from torch import Tensor, nn
 
 from isim.errors import UserError
+from isim.models.unet import UNetDecoder, bilinear, transposed
 from isim.params import TrainCam
+
+UNETS = {"unetcam_learnable": transposed, "unetcam_bilinear": bilinear}
+# Architectures of segmentation-models-pytorch whose decoders double the map at every step, as if
+# no encoder were dilated.
+DOUBLING = {"UnetPlusPlus", "MAnet", "Linknet", "FPN"}
+SERVING = (
+    *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet"),
+    *("DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet", "Segformer"),
+)
+UNFIT = {
+    "DPT": "it reads a plain vision transformer's tokens, which have no stages to take CAMs from"
+}
+# An encoder gives the image and five maps.
+LEVELS = 6
+# Odd at every stride: what an encoder cannot compute here, it cannot for a data set's images.
+PROBE = (45, 77)
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,71 @@ class CamConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Fits the feature maps of an image of any size to what a decoder takes.
+
+    The encoder sees the image as it is (spec 4). Where the image is no multiple of the stride,
+    its maps repeat their last row and column up to the next multiple; what the decoder makes of
+    that is cropped away. With whole multiples nothing changes.
+
+    Args:
+        stride: Output stride of the encoder.
+        doubling: The decoder doubles every map, so that maps of a dilated encoder are pooled to
+            the strides 2, 4, ... 32 that it counts on. The CAM keeps the encoder's stride.
+        least: Least sides of the last map.
+    """
+
+    stride: int
+    doubling: bool = False
+    least: int = 1
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Strides of the encoder's maps, the first that of the image."""
+        return tuple(min(2**level, self.stride) for level in range(LEVELS))
+
+    def fit(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Extend and pool the maps.
+
+        Args:
+            features: The image (B, 3, H, W) or a map of its size, then (B, C_i, h_i, w_i), where
+                h_i is H / r_i, rounded up or down.
+
+        Returns:
+            (B, C_i, H' / r_i, W' / r_i) with H' >= H and W' >= W multiples of the stride.
+        """
+        multiple = 2 ** (LEVELS - 1) if self.doubling else self.stride
+        height, width = (
+            max(self.least * self.stride, -(-side // multiple) * multiple)
+            for side in features[0].shape[-2:]
+        )
+        fitted = []
+        for level, (feature, stride) in enumerate(zip(features, self.reductions, strict=True)):
+            feature = _extend(feature, height // stride, width // stride)
+            if self.doubling and stride < 2**level:
+                feature = F.avg_pool2d(feature, 2**level // stride)
+            fitted.append(feature)
+        return fitted
+
+
+def _extend(feature: Tensor, height: int, width: int) -> Tensor:
+    # Not F.pad: its backward pass is not deterministic on GPUs, and it takes no empty maps.
+    below, beside = height - feature.shape[-2], width - feature.shape[-1]
+    if below:
+        feature = torch.cat([feature, feature[..., -1:, :].expand(-1, -1, below, -1)], dim=-2)
+    if beside:
+        feature = torch.cat([feature, feature[..., -1:].expand(-1, -1, -1, beside)], dim=-1)
+    return feature
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    # The meta device, where networks are only checked, has no autocast.
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class CamNetwork(nn.Module):
     """Encoder with a bias-free 1x1 classification branch and, if given, a decoder.
 
@@ -61,8 +149,10 @@ class CamNetwork(nn.Module):
         encoder: Images (B, 3, H, W) to a list of feature maps, the last (B, C, h, w).
         classifier: 1x1 convolution C to K without bias, so that the map of class scores
             averaged over its pixels is the logit: the CAM is linear in the features.
-        decoder: Feature maps to a map of decoder channels, or None.
-        head: Decoder map to (B, L, H, W), or None.
+        decoder: Feature maps, fitted by `frame`, to a map of decoder channels, or None.
+        head: Decoder map to (B, L, H', W'), H' and W' being the sides of the fitted image, or
+            None.
+        frame: Fits the feature maps to the decoder.
         freeze_encoder_norm: Keep the encoder's running normalisation statistics.
     """
 
@@ -72,6 +162,7 @@ class CamNetwork(nn.Module):
         classifier: nn.Conv2d,
         decoder: nn.Module | None,
         head: nn.Module | None,
+        frame: Frame,
         freeze_encoder_norm: bool,
     ) -> None:
         """Hold the parts; `build` makes them."""
@@ -80,6 +171,7 @@ class CamNetwork(nn.Module):
         self.classifier = classifier
         self.decoder = decoder
         self.head = head
+        self.frame = frame
         self.freeze_encoder_norm = freeze_encoder_norm
 
     def train(self, mode: bool = True) -> Self:
@@ -95,9 +187,8 @@ class CamNetwork(nn.Module):
         """Classify and, when asked to, segment.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W multiples of the output stride when
-                `segment` is set.
-            segment: Run the decoder, too.
+            images: (B, 3, H, W), normalised, any size.
+            segment: Run the decoder, too; it does not change the logits.
 
         Returns:
             Logits (B, K) and segmentation logits (B, L, H, W), or None without a decoder.
@@ -108,10 +199,11 @@ class CamNetwork(nn.Module):
         logits = self.classifier(pooled).flatten(1)  # (B, K)
         if not segment or self.decoder is None or self.head is None:
             return logits, None
-        decoded = self.decoder(features)
+        decoded = self.decoder(self.frame.fit(features))
         # The loss wants fp32: on the small map that costs less than on the upsampled one.
-        with torch.autocast(images.device.type, enabled=False):
-            return logits, self.head(decoded.float())
+        with _full_precision(images.device):
+            segmentation = self.head(decoded.float())  # (B, L, H', W')
+        return logits, segmentation[..., : images.shape[-2], : images.shape[-1]]
 
     def cam(self, images: Tensor, class_ids: Tensor) -> Tensor:
         """Class activation maps before ReLU and scaling.
@@ -125,7 +217,7 @@ class CamNetwork(nn.Module):
         """
         features = self.encoder(images)[-1]
         weight = self.classifier.weight[class_ids - 1]  # (K', C, 1, 1)
-        with torch.autocast(images.device.type, enabled=False):
+        with _full_precision(images.device):
             return F.conv2d(features.float(), weight.float())
 
 
@@ -133,39 +225,150 @@ def build(config: CamConfig) -> CamNetwork:
     """Assemble the network of `config` with random weights.
 
     Raises:
-        UserError: The encoder is unknown to timm or cannot have the output stride.
+        UserError: The encoder is unknown to timm, cannot have the output stride or does not take
+            images of any size; the method is unknown or does not go with the encoder.
     """
     stride = config.output_stride
-    try:
-        if config.method == "cam":
-            encoder = smp.encoders.get_encoder(
-                f"tu-{config.encoder}", weights=None, output_stride=stride
-            )
-            decoder, head = None, None
-        else:
-            model = smp.DeepLabV3(
+    frame = Frame(stride)
+    decoder: nn.Module | None = None
+    head: nn.Module | None = None
+    if config.method == "cam":
+        encoder = _encoder(config)
+    elif config.method in UNETS:
+        encoder = _encoder(config)
+        channels = _halved(config.decoder_channels)
+        decoder = UNetDecoder(
+            encoder.out_channels, frame.reductions, channels, UNETS[config.method]
+        )
+        head = SegmentationHead(channels[-1], len(config.classes) + 1, kernel_size=3)
+        initialize_head(head)
+    else:
+        name = _architecture(config.method)
+        try:
+            model = getattr(smp, name)(
                 f"tu-{config.encoder}",
                 encoder_weights=None,
-                encoder_output_stride=stride,
-                decoder_channels=config.decoder_channels,
-                decoder_atrous_rates=config.atrous_rates,
                 classes=len(config.classes) + 1,
+                **_arguments(name, config),
             )
-            encoder, decoder, head = model.encoder, model.decoder, model.segmentation_head
-    except Exception as error:  # timm and smp raise whatever their code meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"train_cam.encoder: timm encoder '{config.encoder}' at output_stride {stride} "
-            f"cannot be built ({reason}); choose one that has strided features, "
-            "such as resnet50.tv_in1k or mobilenetv2_100"
-        ) from error
+        except Exception as error:  # smp raises whatever its code meets
+            _encoder(config)  # Raises if the encoder alone is to blame.
+            raise _does_not_go(config, error) from error
+        encoder, decoder, head = model.encoder, model.decoder, model.segmentation_head
+        # PAN's pyramid halves the last map three times.
+        frame = Frame(stride, doubling=name in DOUBLING, least=8 if name == "PAN" else 1)
     classifier = nn.Conv2d(encoder.out_channels[-1], len(config.classes), 1, bias=False)
     # From the seed alone, not after the decoder's draws: with one seed all methods then share
     # their warm-up. Small, since random class scores would first teach the encoder noise.
     start = torch.Generator().manual_seed(torch.initial_seed())
     nn.init.normal_(classifier.weight, std=0.01, generator=start)
     frozen = config.encoder_norm == "frozen"
-    return CamNetwork(encoder, classifier, decoder, head, frozen)
+    network = CamNetwork(encoder, classifier, decoder, head, frame, frozen)
+    _try_out(network, config)
+    return network
+
+
+def _encoder(config: CamConfig) -> smp.encoders.TimmUniversalEncoder:
+    try:
+        return smp.encoders.get_encoder(
+            f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
+        )
+    except Exception as error:  # timm raises whatever its code meets
+        raise _unfit_encoder(config, "cannot be built", _reason(error)) from error
+
+
+def _halved(channels: int) -> tuple[int, ...]:
+    return tuple(max(channels >> step, 1) for step in range(LEVELS - 1))
+
+
+def _architecture(method: str) -> str:
+    """Name of a method's class in segmentation-models-pytorch."""
+    if method == "deeplabcam":
+        return "DeepLabV3"
+    kind, _, name = method.partition(":")
+    if kind == "smp" and name in SERVING:
+        return name
+    why = f"{name} cannot serve: {UNFIT[name]}" if name in UNFIT else "no such method"
+    known = ", ".join(("cam", "deeplabcam", *UNETS, *(f"smp:{name}" for name in SERVING)))
+    raise UserError(f"train_cam.method: {method}: {why}; choose one of {known}")
+
+
+def _arguments(name: str, config: CamConfig) -> dict[str, Any]:
+    """What an architecture's constructor takes, in the library's own proportions.
+
+    `decoder_channels` is the width of the decoder's widest map. Linknet's follows from its
+    encoder.
+    """
+    stride, channels = config.output_stride, config.decoder_channels
+    if name in {"DeepLabV3", "DeepLabV3Plus"}:
+        return {
+            "encoder_output_stride": stride,
+            "decoder_channels": channels,
+            "decoder_atrous_rates": config.atrous_rates,
+        }
+    if name == "PAN":
+        return {"encoder_output_stride": stride, "decoder_channels": channels}
+    own: dict[str, dict[str, Any]] = {
+        "Linknet": {},
+        "FPN": {
+            "decoder_pyramid_channels": channels,
+            "decoder_segmentation_channels": channels // 2,
+        },
+        # Its default of three stages would end the encoder at stride 8, below the CAM's map.
+        "PSPNet": {"encoder_depth": LEVELS - 1, "psp_out_channels": channels, "upsampling": stride},
+        "UPerNet": {"decoder_channels": channels},
+        "Segformer": {"decoder_segmentation_channels": channels},
+    }
+    return {"output_stride": stride} | own.get(name, {"decoder_channels": _halved(channels)})
+
+
+@torch.no_grad()
+def _try_out(network: CamNetwork, config: CamConfig) -> None:
+    """Run an odd size through the fresh network, so that what cannot serve fails here."""
+    images = torch.zeros(1, 3, *PROBE, device=network.classifier.weight.device)
+    network.eval()
+    try:
+        features = network.encoder(images)
+    except Exception as error:
+        why = f"needs images of a certain size ({_reason(error)})"
+        raise _unfit_encoder(config, "cannot make CAMs of whole images", why) from error
+    sizes = [tuple(feature.shape[-2:]) for feature in features]
+    for size, stride in zip(sizes, network.frame.reductions, strict=False):
+        whole = all(
+            found in (side // stride, -(-side // stride))
+            for found, side in zip(size, PROBE, strict=True)
+        )
+        if not whole or len(sizes) != LEVELS:
+            why = f"makes maps of {sizes} from an image of {PROBE}"
+            raise _unfit_encoder(config, "has no map at every stride", why)
+    try:
+        segmentation = network(images, True)[1]
+        if segmentation is not None and segmentation.shape[-2:] != images.shape[-2:]:
+            raise ValueError(f"scores of {tuple(segmentation.shape)} for an image of {PROBE}")
+    except Exception as error:
+        raise _does_not_go(config, error) from error
+    network.train()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _unfit_encoder(config: CamConfig, what: str, why: str) -> UserError:
+    coarser = "" if config.output_stride == 32 else ", or try output_stride: 32 (not deeplabcam)"
+    return UserError(
+        f"train_cam.encoder: timm encoder '{config.encoder}' at output_stride "
+        f"{config.output_stride} {what} ({why}); choose one that has strided features, "
+        f"such as resnet50.tv_in1k or mobilenetv2_100{coarser}"
+    )
+
+
+def _does_not_go(config: CamConfig, error: Exception) -> UserError:
+    return UserError(
+        f"train_cam.method: {config.method} does not go with encoder '{config.encoder}', "
+        f"output_stride {config.output_stride} and decoder_channels {config.decoder_channels} "
+        f"({_reason(error)}); choose other values of these, or deeplabcam with output_stride: 16"
+    )
 
 
 def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
