@@ -55,7 +55,9 @@ def supervised(settings: TrainCam, root: Path) -> float:
     engine.place(network, device)
     optimizer = training.make_optimizer(network, settings)
     masks = {item.id: item.mask for item in items if item.mask is not None}
-    dataset = CropDataset(items, settings.crop, config.mean, config.std, settings.seed, [masks])
+    dataset = CropDataset(
+        items, settings.crop, config.mean, config.std, settings.seed, [masks.__getitem__]
+    )
     dataset.use_labels(0)
     crops = training.CropBatches(dataset, settings, device)
     for epoch in range(1, settings.epochs + 1):

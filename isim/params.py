@@ -122,6 +122,14 @@ def _known_method(method: str) -> str:
     return method
 
 
+class Converged(Section):
+    """When losses have converged; `isim.rounds.Convergence` states the rule."""
+
+    patience: Positive
+    tolerance: Annotated[float, Field(ge=0, lt=1)]
+    cap: Positive
+
+
 class TrainCam(Section):
     """The ISIM loop (spec 3).
 
@@ -147,7 +155,9 @@ class TrainCam(Section):
     batch: Positive
     epochs: Positive
     warmup_epochs: Positive
+    round_rule: Literal["frequency", "convergence"]
     round_every: Positive
+    convergence: Converged
     segmentation_weight: Rate
     optimizer: Optimizer
     precision: Precision
@@ -156,11 +166,6 @@ class TrainCam(Section):
     threshold: Fraction
     crf: Crf
     pictures: NonNegative
-
-    @property
-    def round_epochs(self) -> tuple[int, ...]:
-        """Epochs (1-based) after which a round runs: 5, 15, 25, 35, 45 in the paper."""
-        return tuple(range(self.warmup_epochs, self.epochs, self.round_every))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

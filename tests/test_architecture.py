@@ -31,7 +31,7 @@ LEVELS = [
         "isim.models",
         "isim.labels",
         "isim.metrics",
-        "isim.convergence",
+        "isim.rounds",
         "isim.viz",
         "isim.preset",
         "isim.results",

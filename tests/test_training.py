@@ -57,7 +57,7 @@ class Trainer:
         config = config_of(params, prepared)
         items = items or prepared.split("train")
         dataset = CropDataset(
-            items, params.crop, config.mean, config.std, 0, [labels] if labels else []
+            items, params.crop, config.mean, config.std, 0, [labels.__getitem__] if labels else []
         )
         if labels:
             dataset.use_labels(0)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
-        labels: Sequence[Mapping[str, Path]],
+        labels: Sequence[Callable[[str], Path]],
         flip: bool = True,
     ) -> None:
         """Describe the crops; nothing is read yet.
@@ -149,7 +149,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             mean: (3,) mean of the encoder's input normalisation, for values in [0, 1].
             std: (3,) standard deviation, likewise.
             seed: Seed of all draws.
-            labels: Sets of label maps, each from item ids to paths; `use_labels` chooses one.
+            labels: Sets of label maps, each from an item's id to a path; `use_labels` chooses one.
             flip: Whether to mirror at random.
         """
         self.items = items
@@ -214,7 +214,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         index = int(self._labels_used)
         if index < 0:
             return np.full(size, IGNORE, np.uint8)
-        path = self.labels[index][item.id]
+        path = self.labels[index](item.id)
         label = read_label_map(path)
         if label.shape != size:
             raise UserError(

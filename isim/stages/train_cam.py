@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, tracking, training, viz
+from isim import atomic, engine, metrics, pictures, rounds, tracking, training, viz
 from isim.data import files
 from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
@@ -68,13 +68,12 @@ def run(params: TrainCam, root: Path) -> None:
 
     shown = pictures.choose(items, params.pictures)
     settings = CamSettings(params.scales, params.flip, precision)
-    rounds_of_labels = [
-        {item.id: resume / f"pseudo_labels/round_{number:02d}/{item.id}.png" for item in items}
-        for number in range(1, len(params.round_epochs) + 1)
+    # One set for every round that there can be: loader processes know them from the start.
+    label_sets = [
+        partial(_label_path, resume / "pseudo_labels", number)
+        for number in range(1, params.epochs + 1)
     ]
-    dataset = CropDataset(
-        items, params.crop, config.mean, config.std, params.seed, rounds_of_labels
-    )
+    dataset = CropDataset(items, params.crop, config.mean, config.std, params.seed, label_sets)
     crops = training.CropBatches(dataset, params, device)
     inputs = {"data/prepared": root / "data/prepared", "weights": weights}
     with (
@@ -84,9 +83,8 @@ def run(params: TrainCam, root: Path) -> None:
         tracked.tag("precision", precision)
         tracked.tag("device", str(device))
 
-        def finish_round(epoch: int) -> None:
+        def finish_round(number: int, epoch: int) -> None:
             """Make the round's labels (or the rest of them), then train on them."""
-            number = params.round_epochs.index(epoch) + 1
             name = f"round_{number:02d}"
             labels = resume / "pseudo_labels" / name
             record = resume / f"{name}.json"
@@ -129,6 +127,7 @@ def run(params: TrainCam, root: Path) -> None:
                 dataset.use_labels(number - 1)
 
         rows = progress["epochs"]
+        round_ends: list[int] = []
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
                 row = training.train_epoch(
@@ -150,27 +149,32 @@ def run(params: TrainCam, root: Path) -> None:
             # drops the steps that it holds.
             row = rows[epoch - 1]
             tracked.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
-            if epoch in params.round_epochs:
-                finish_round(epoch)
+            if rounds.due(params, rows[:epoch], round_ends):
+                round_ends.append(epoch)
+                finish_round(len(round_ends), epoch)
 
         engine.save_tensors(
             resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
         )
-        rounds = [
+        finished = [
             json.loads((resume / f"round_{number:02d}.json").read_text())
-            for number in range(1, len(params.round_epochs) + 1)
+            for number in range(1, len(round_ends) + 1)
         ]
-        _publish(root, resume, rounds, rows, shown)
+        _publish(root, resume, finished, rows, shown)
         weights_md5 = tracking.md5(weights) if weights.is_file() else None
-        _report(params, root, rounds, rows, precision, items, weights_md5)
-        last = rounds[-1]["row"]
+        _report(params, root, finished, rows, precision, items, weights_md5)
+        last = finished[-1]["row"]
         tracked.headline({k: last[k] for k in ("cam_miou", "pseudo_label_miou")})
-        tracked.table("per_class", [row for entry in rounds for row in entry["per_class"]])
+        tracked.table("per_class", [row for entry in finished for row in entry["per_class"]])
         tracked.artifact_file(root / "reports/train_cam/rounds.csv")
         tracked.register_model("cam", root / "models/train_cam/model.safetensors")
     # First: what a kill leaves of the folder must not pass for a state to go on from.
     state.unlink()
     engine.remove_resume_folder(resume)
+
+
+def _label_path(folder: Path, number: int, id_: str) -> Path:
+    return folder / f"round_{number:02d}" / f"{id_}.png"
 
 
 def _per_class(number: int, prepared: Prepared, scores: Scores) -> list[dict[str, Any]]:
@@ -190,14 +194,14 @@ def _strip(item: Item, resume: Path, name: str, columns: int) -> np.ndarray:
 def _publish(
     root: Path,
     resume: Path,
-    rounds: list[dict[str, Any]],
+    entries: list[dict[str, Any]],
     epochs: list[dict[str, Any]],
     shown: list[Item],
 ) -> None:
     """Write outs and plots from the resume folder, which stays until all are written."""
     atomic.copy_tree(resume / "models", root / "models/train_cam")
     atomic.copy_tree(resume / "pseudo_labels", root / "data/pseudo_labels")
-    names = [f"round_{entry['row']['round']:02d}" for entry in rounds]
+    names = [f"round_{entry['row']['round']:02d}" for entry in entries]
     folder = root / "reports/train_cam/pictures"
     shutil.rmtree(folder, ignore_errors=True)
     for item in shown:
@@ -211,7 +215,7 @@ def _publish(
         images = [files.read_image(item.image) for item in shown]
         viz.write_png(folder / "rounds.png", viz.rounds_grid(images, labels))
     mious = {"cam_miou": "CAM (before dCRF)", "pseudo_label_miou": "pseudo-label (after dCRF)"}
-    viz.curves([e["row"] for e in rounds], "round", mious, "mIoU (%)", folder / "miou.png", 100)
+    viz.curves([e["row"] for e in entries], "round", mious, "mIoU (%)", folder / "miou.png", 100)
     losses = {"classification_loss": "classification", "segmentation_loss": "segmentation"}
     viz.curves(epochs, "epoch", losses, "loss", folder / "losses.png")
 
@@ -219,7 +223,7 @@ def _publish(
 def _report(
     params: TrainCam,
     root: Path,
-    rounds: list[dict[str, Any]],
+    entries: list[dict[str, Any]],
     epochs: list[dict[str, Any]],
     precision: str,
     items: tuple[Item, ...],
@@ -227,11 +231,11 @@ def _report(
 ) -> None:
     """Write reports/train_cam: a row a round, an epoch, a class, and the headline."""
     reports = root / "reports/train_cam"
-    atomic.write_csv(reports / "rounds.csv", [entry["row"] for entry in rounds])
+    atomic.write_csv(reports / "rounds.csv", [entry["row"] for entry in entries])
     atomic.write_csv(reports / "epochs.csv", epochs)
-    per_class = [row for entry in rounds for row in entry["per_class"]]
+    per_class = [row for entry in entries for row in entry["per_class"]]
     atomic.write_csv(reports / "per_class.csv", per_class)
-    last = rounds[-1]["row"]
+    last = entries[-1]["row"]
     atomic.write_json(
         reports / "metrics.json",
         {
@@ -241,7 +245,7 @@ def _report(
             "precision": precision,
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
-            "rounds": len(rounds),
+            "rounds": len(entries),
             "cam_miou": last["cam_miou"],
             "pseudo_label_miou": last["pseudo_label_miou"],
             "masked_share": last["masked_share"],

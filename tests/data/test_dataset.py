@@ -87,7 +87,7 @@ def make_items(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Item], 
 
 
 def dataset(items, labels, seed=3, crop=48):
-    data = CropDataset(items, crop, MEAN, STD, seed, [labels] if labels else [])
+    data = CropDataset(items, crop, MEAN, STD, seed, [labels.__getitem__] if labels else [])
     if labels:
         data.use_labels(0)
     return data

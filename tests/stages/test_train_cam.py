@@ -299,3 +299,18 @@ def test_the_baseline_makes_rounds_but_does_not_train_on_them(project, command):
     assert not [name for name in state if name.startswith(("decoder", "head"))]
     epochs = read_rows(project / "reports/train_cam/epochs.csv")
     assert {float(row["segmentation_loss"]) for row in epochs} == {0}
+
+
+def test_rounds_by_convergence(project, command):
+    # A cap of one epoch: a round after every one, the first after the warm-up.
+    set_parameters(project, round_rule="convergence", epochs=4, cap=1)
+    code, err = command()
+    assert code == 0, err
+    rounds = read_rows(project / "reports/train_cam/rounds.csv")
+    assert [row["epoch"] for row in rounds] == ["1", "2", "3"]
+    assert len(list((project / "data/pseudo_labels").glob("round_*"))) == 3
+    # No cap within reach, and losses that cannot improve by 99 %: after patience + 1 epochs.
+    set_parameters(project, cap=50, patience=1, tolerance=0.99)
+    assert command()[0] == 0
+    rounds = read_rows(project / "reports/train_cam/rounds.csv")
+    assert [row["epoch"] for row in rounds] == ["1", "3"]

@@ -1,7 +1,9 @@
-"""When a round is due by convergence of the losses: the second procedure of Fig. 4 (spec 3.2)."""
+"""When a round is due: the two procedures of Fig. 4, fixed frequency and convergence (spec 3.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from isim.params import TrainCam
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,27 @@ class Convergence:
     def _converged(self, losses: Sequence[float]) -> bool:
         before, last = losses[: -self.patience], losses[-self.patience :]
         return bool(before) and min(last) >= (1 - self.tolerance) * min(before)
+
+
+def due(params: TrainCam, rows: Sequence[Mapping[str, float]], round_ends: Sequence[int]) -> bool:
+    """Tell whether a round follows the last epoch of `rows`.
+
+    The first comes after the warm-up by either procedure, and none after the last epoch, where
+    nothing would be trained on its labels. The answer rests on the arguments alone, so that a
+    resumed run repeats it.
+
+    Args:
+        params: `warmup_epochs`, `epochs`, `round_rule` and what belongs to it.
+        rows: Figures of all epochs so far: `classification_loss` and `segmentation_loss`.
+        round_ends: Epochs (1-based) that rounds have followed.
+    """
+    epoch = len(rows)
+    if epoch < params.warmup_epochs or epoch == params.epochs:
+        return False
+    if not round_ends:
+        return True
+    since = rows[round_ends[-1] :]
+    if params.round_rule == "frequency":
+        return len(since) == params.round_every
+    rule = Convergence(**params.convergence.model_dump())
+    return rule.due([(row["classification_loss"], row["segmentation_loss"]) for row in since])

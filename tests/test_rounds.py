@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isim.convergence import Convergence
+from isim.rounds import Convergence, due
 
 LOSSES = st.integers(0, 800).map(lambda value: value / 8)
 PAIRS = st.lists(st.tuples(LOSSES, LOSSES), max_size=12)
@@ -96,3 +96,35 @@ def test_a_loss_that_equals_the_other_changes_nothing(rule, losses):
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(ValueError, match="patience"):
         Convergence(*values)
+
+
+def ends(params, losses):
+    """Epochs that rounds follow when an epoch's two losses are those of `losses`."""
+    rows, found = [], []
+    for classification, segmentation in losses:
+        rows.append({"classification_loss": classification, "segmentation_loss": segmentation})
+        if due(params, rows, found):
+            found.append(len(rows))
+    return found
+
+
+def test_fixed_frequency_as_in_the_paper(tiny):
+    changes = {"epochs": 50, "warmup_epochs": 5, "round_every": 10, "round_rule": "frequency"}
+    params = tiny.train_cam.model_copy(update=changes)
+    assert ends(params, [(1.0, 1.0)] * 50) == [5, 15, 25, 35, 45]
+    # No round at the very end: nothing would be trained on its labels.
+    params = params.model_copy(update={"epochs": 45})
+    assert ends(params, [(1.0, 1.0)] * 45) == [5, 15, 25, 35]
+
+
+def test_convergence_starts_after_the_warm_up_and_forgets_what_was_before_a_round(tiny):
+    rule = tiny.train_cam.convergence.model_copy(update={"patience": 2, "tolerance": 0.1, "cap": 9})
+    changes = {"epochs": 20, "warmup_epochs": 3, "round_rule": "convergence", "convergence": rule}
+    params = tiny.train_cam.model_copy(update=changes)
+    warm = [(0.5, 0.0)] * 3
+    # The new labels make the pixel loss jump; it falls for three epochs, then stays.
+    falling = [(0.4, 2.0), (0.3, 1.5), (0.2, 1.0), (0.2, 1.0), (0.2, 1.0)]
+    assert ends(params, warm + falling + falling) == [3, 8, 13]
+    # One loss that goes on falling puts the round off, up to the cap.
+    slow = [(0.2, 0.8**epoch) for epoch in range(12)]
+    assert ends(params, warm + slow) == [3, 12]
