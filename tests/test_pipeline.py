@@ -110,7 +110,7 @@ def test_push_then_pull_one_round_then_everything_elsewhere(project):
     assert {path.parent for path in pulled} == {clone / "data/pseudo_labels/round_02"}
     assert not (clone / "models").exists()
 
-    run(clone, "dvc", "pull", "--run-cache")
+    run(clone, "dvc", "pull")
     assert stages_run(run(clone, "dvc", "repro")) == []
     assert run(clone, "git", "status", "--porcelain") == ""
     for name in ("data/cams/val", "data/pseudo_labels/round_01", "models/train_cam"):

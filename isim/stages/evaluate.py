@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from isim import atomic, metrics, pictures, tracking, viz
 from isim.data import files
-from isim.data.dataset import Item, load_prepared
+from isim.data.dataset import Item, Prepared, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
@@ -24,7 +24,8 @@ from isim.workers import RefineTask, dense
 def run(params: Evaluate, root: Path) -> None:
     """Run the stage: CAMs and pseudo-labels against the ground truth, to reports/evaluate.
 
-    Images without a ground truth are left out; where none has one, there is nothing to score
+    A split that is part of a scored one (train of trainaug) is reported apart, too. Images
+    without a ground truth are left out; where none has one, there is nothing to score
     and the reports say so with nan (null in JSON).
 
     Args:
@@ -54,6 +55,9 @@ def run(params: Evaluate, root: Path) -> None:
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
         for split in splits:
+            parts = {split: frozenset(item.id for item in prepared.split(split))}
+            inner = _inside(prepared, parts[split])
+            parts |= {name: ids for name, ids in inner.items() if name not in splits}
             items = [item for item in prepared.split(split) if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
             with tempfile.TemporaryDirectory() as refined_labels:
@@ -65,6 +69,7 @@ def run(params: Evaluate, root: Path) -> None:
                     fixed,
                     len(names),
                     {item.id: Path(refined_labels) / f"{item.id}.png" for item in shown},
+                    parts,
                 )
                 for item in shown:
                     stored = cams / split / f"{item.id}.npz"
@@ -75,35 +80,44 @@ def run(params: Evaluate, root: Path) -> None:
                     )
                     square = pictures.strip(item, stored, label, columns=2)
                     tracked.image(f"{split}/{item.id}", square, step=0)
-            mious = [metrics.miou(confusion) for confusion in at_thresholds]
-            oracle = int(np.nanargmax(mious)) if np.isfinite(mious).any() else fixed
-            confusions[f"{split}_cam"] = at_thresholds[fixed]
-            confusions[f"{split}_cam_crf"] = refined
-            report[split] = {
-                "images": len(items),
-                **_figures("cam", at_thresholds[fixed]),
-                "cam_miou_oracle": mious[oracle],
-                "oracle_threshold": round(float(thresholds[oracle]), 6),
-                **_figures("cam_crf", refined),
-            }
-            sweep += [
-                {"split": split, "threshold": f"{threshold:.3f}", "cam_miou": value}
-                for threshold, value in zip(thresholds, mious, strict=True)
-            ]
-            tracked.metrics({f"{split}_{k}": v for k, v in report[split].items()})
+            for name, ids in parts.items():
+                mious = [metrics.miou(confusion) for confusion in at_thresholds[name]]
+                oracle = int(np.nanargmax(mious)) if np.isfinite(mious).any() else fixed
+                confusions[f"{name}_cam"] = at_thresholds[name][fixed]
+                confusions[f"{name}_cam_crf"] = refined[name]
+                report[name] = {
+                    "images": sum(item.id in ids for item in items),
+                    **_figures("cam", at_thresholds[name][fixed]),
+                    "cam_miou_oracle": mious[oracle],
+                    "oracle_threshold": round(float(thresholds[oracle]), 6),
+                    **_figures("cam_crf", refined[name]),
+                }
+                sweep += [
+                    {"split": name, "threshold": f"{threshold:.3f}", "cam_miou": value}
+                    for threshold, value in zip(thresholds, mious, strict=True)
+                ]
+                tracked.metrics({f"{name}_{k}": v for k, v in report[name].items()})
         known = {item.id: item for items in prepared.splits.values() for item in items}
-        for folder in sorted((root / "data/pseudo_labels").glob("round_*")):
-            confusion = _score_labels(folder, known, len(names))
-            confusions[folder.name] = confusion
-            report[folder.name] = _figures("pseudo_label", confusion)
-            tracked.metrics(report[folder.name], step=int(folder.name.removeprefix("round_")))
+        snapshots = sorted((root / "data/pseudo_labels").glob("round_*"))
+        for folder in snapshots:
+            labelled = frozenset(path.stem for path in folder.glob("*.png")) & known.keys()
+            for name, ids in {"": labelled, **_inside(prepared, labelled)}.items():
+                key = f"{folder.name}_{name}" if name else folder.name
+                confusion = _score_labels(folder, [known[id_] for id_ in sorted(ids)], len(names))
+                confusions[key] = confusion
+                report[key] = _figures("pseudo_label", confusion)
+                prefix = f"{name}_" if name else ""
+                tracked.metrics(
+                    {f"{prefix}{k}": v for k, v in report[key].items()},
+                    step=int(folder.name.removeprefix("round_")),
+                )
         headline = {
             f"{split}_{name}": report[split][name]
             for split in splits
             for name in ("cam_miou", "cam_crf_miou")
         }
         # Here too: train_cam may have come from DVC's run-cache, without an MLflow run.
-        rounds = [name for name in report if name.startswith("round_")]
+        rounds = [folder.name for folder in snapshots]
         if rounds:
             headline["pseudo_label_miou"] = report[rounds[-1]]["pseudo_label_miou"]
         tracked.headline(headline)
@@ -114,6 +128,12 @@ def run(params: Evaluate, root: Path) -> None:
         atomic.write_csv(reports / "confusion.csv", _pairs(confusions, names))
         _draw(reports / "pictures", confusions, names)
         atomic.write_json(reports / "metrics.json", report)
+
+
+def _inside(prepared: Prepared, ids: frozenset[str]) -> dict[str, frozenset[str]]:
+    """Splits that are a part of `ids`, as train is of trainaug: spec 8 wants both figures."""
+    splits = {name: frozenset(item.id for item in items) for name, items in prepared.splits.items()}
+    return {name: part for name, part in splits.items() if part and part < ids}
 
 
 def _draw(folder: Path, confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]) -> None:
@@ -131,12 +151,15 @@ def _score_cams(
     fixed: int,
     num_labels: int,
     outs: dict[str, Path],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    parts: dict[str, frozenset[str]],
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]]]:
     """Confusion matrices (T, L, L) of the seeds and (L, L) of the fixed seed after dCRF.
 
-    The label maps after dCRF are written for the images that `outs` names.
+    They are counted for each of `parts`, sets of image ids. The label maps after dCRF are written
+    for the images that `outs` names.
     """
-    totals = np.zeros((len(thresholds), num_labels, num_labels), np.int64)
+    shape = (len(thresholds), num_labels, num_labels)
+    totals = {name: np.zeros(shape, np.int64) for name in parts}
 
     def tasks() -> Iterator[RefineTask]:
         for item in items:
@@ -147,7 +170,10 @@ def _score_cams(
             for plane, out in zip(planes, grown, strict=True):
                 cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
             best, top = seeds.peak(grown, ids)
-            totals[:] += metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
+            counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
+            for name, ids_of_part in parts.items():
+                if item.id in ids_of_part:
+                    totals[name] += counts
             seed = np.where(top > thresholds[fixed], best, 0).astype(np.uint8)
             yield RefineTask(
                 item.id,
@@ -160,19 +186,20 @@ def _score_cams(
                 num_labels,
             )
 
-    refined = np.zeros((num_labels, num_labels), np.int64)
+    refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
     progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
     for result in progress:
-        refined += dense(result.label_counts, num_labels)
+        for name, ids_of_part in parts.items():
+            if result.id in ids_of_part:
+                refined[name] += dense(result.label_counts, num_labels)
     return totals, refined
 
 
-def _score_labels(folder: Path, known: dict[str, Item], num_labels: int) -> NDArray[np.int64]:
+def _score_labels(folder: Path, items: list[Item], num_labels: int) -> NDArray[np.int64]:
     confusion = np.zeros((num_labels, num_labels), np.int64)
-    for path in sorted(folder.glob("*.png")):
-        item = known.get(path.stem)
-        if item is not None and item.mask is not None:
-            label = files.read_label_map(path)
+    for item in items:
+        if item.mask is not None:
+            label = files.read_label_map(folder / f"{item.id}.png")
             truth = files.read_truth(item.mask, label.shape, num_labels)
             confusion += metrics.confusion_matrix(truth, label, num_labels)
     return confusion

@@ -135,3 +135,29 @@ def test_a_cam_that_is_missing_is_named(finished, tiny):
 def test_without_cams_the_command_that_makes_them_is_named(project, tiny):
     with pytest.raises(UserError, match="isim export-cams"):
         evaluate.run(tiny.evaluate, project)
+
+
+def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny):
+    """As train of trainaug: its figures are those of its images alone."""
+    prepared = finished / "data/prepared"
+    lines = (prepared / "train.csv").read_text().splitlines()
+    (prepared / "inner.csv").write_text("\n".join(lines[:6]) + "\n")
+    about = json.loads((prepared / "dataset.json").read_text())
+    about["splits"]["inner"] = 5
+    (prepared / "dataset.json").write_text(json.dumps(about))
+    evaluate.run(tiny.evaluate, finished)
+    report = read_report(finished)
+    assert (report["train"]["images"], report["inner"]["images"]) == (16, 5)
+    assert "round_02_inner" in report and "round_02_val" not in report
+    apart = {row["source"] for row in read_rows(finished / "reports/evaluate/confusion.csv")}
+    assert {"inner_cam", "inner_cam_crf", "round_01_inner"} <= apart
+    total = np.zeros((6, 6), np.int64)
+    for item in load_prepared(prepared, None).split("inner"):
+        label = read_label_map(finished / f"data/pseudo_labels/round_02/{item.id}.png")
+        total += metrics.confusion_matrix(read_label_map(item.mask), label, 6)
+    assert report["round_02_inner"]["pseudo_label_miou"] == pytest.approx(metrics.miou(total))
+    # The same figures as when the inner split is all that there is.
+    drop_masks(finished, "train", keep=5)
+    evaluate.run(tiny.evaluate, finished)
+    alone = read_report(finished)["train"]
+    assert alone == {**report["inner"]}
