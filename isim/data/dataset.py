@@ -199,7 +199,8 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             (crop, crop) int64 with 255 for padding and ignored pixels.
 
         Raises:
-            UserError: The image or its label map is unreadable, or their sizes differ.
+            UserError: The image or its label map is unreadable, their sizes differ, or the map
+                holds a label that is none of the classes.
         """
         item = self.items[index]
         image = read_image(item.image)
@@ -225,6 +226,13 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             raise UserError(
                 f"label map {path} is {label.shape[1]}x{label.shape[0]} pixels but {item.image} "
                 f"is {size[1]}x{size[0]}; delete the label maps and make them again"
+            )
+        # One more than the label, so that IGNORE, 255, wraps around to 0.
+        highest = int((label + np.uint8(1)).max()) - 1
+        if highest > len(item.image_label):
+            raise UserError(
+                f"label map {path} holds label {highest} of 0..{len(item.image_label)}; it is of "
+                "other classes: make the label maps again"
             )
         return label
 

@@ -81,7 +81,7 @@ def make_items(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Item], 
         pixels = np.stack([label * 10] * 3, axis=-1)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         write_label_map(folder / f"{number}_label.png", label)
-        items.append(Item(str(number), folder / f"{number}.png", None, np.ones(2, np.float32)))
+        items.append(Item(str(number), folder / f"{number}.png", None, np.ones(20, np.float32)))
         labels[str(number)] = folder / f"{number}_label.png"
     return items, labels
 
@@ -165,6 +165,18 @@ def test_scales_draw_a_factor_of_the_image_whatever_its_size(tmp_path):
     assert min(heights) < 0.6 and max(heights) > 1.4
     data = CropDataset(items, 40, MEAN, STD, 3, [], scales=(1.25, 1.25))
     assert {white_rows(data, epoch) for epoch in range(5)} == {30}
+
+
+def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path):
+    items, labels = make_items(tmp_path, [(20, 80)])
+    label = np.full((20, 80), 255, np.uint8)
+    label[3, 4] = 20
+    write_label_map(labels["0"], label)
+    assert dataset(items, labels)[0]["label"].shape == (48, 48)
+    label[3, 4] = 21
+    write_label_map(labels["0"], label)
+    with pytest.raises(UserError, match=r"0_label\.png holds label 21 of 0\.\.20"):
+        dataset(items, labels)[0]
 
 
 def test_scaled_crops_are_padded_and_aligned(tmp_path):
