@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from isim import engine, metrics, params, preset, training
+from isim import batches, engine, metrics, params, preset, training
 from isim.data import files
 from isim.data.dataset import CropDataset, load_prepared
 from isim.models import cam
@@ -59,7 +59,7 @@ def supervised(settings: TrainCam, root: Path) -> float:
         items, settings.crop, config.mean, config.std, settings.seed, [masks.__getitem__]
     )
     dataset.use_labels(0)
-    crops = training.CropBatches(dataset, settings, device)
+    crops = batches.CropBatches(dataset, settings, device)
     for epoch in range(1, settings.epochs + 1):
         training.train_epoch(network, optimizer, crops, settings, epoch, precision, device)
 

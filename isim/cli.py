@@ -47,8 +47,23 @@ def export_cams() -> None:
 
 
 @app.command()
+def train_segmenter(
+    labels: Annotated[str, typer.Argument(help="One of the label_sets in params.yaml.")],
+) -> None:
+    """Stage 4: train a segmenter on a label set; write data/predictions."""
+    from isim.params import load
+
+    known = [entry.name for entry in load(Path("params.yaml")).label_sets]
+    if labels not in known:
+        raise UserError(
+            f"no label set '{labels}' in params.yaml; label_sets has {', '.join(known) or 'none'}"
+        )
+    _run("train_segmenter", labels)
+
+
+@app.command()
 def evaluate() -> None:
-    """Stage 4: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
+    """Stage 5: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
     _run("evaluate")
 
 
@@ -80,19 +95,19 @@ def results() -> None:
     typer.echo(report.table(Path.cwd()))
 
 
-def _run(stage: str) -> None:
+def _run(stage: str, *arguments: str) -> None:
     from isim.params import load
 
     root = Path.cwd()
     # Checked before the stage is imported: a wrong parameter is told at once.
     section = getattr(load(Path("params.yaml")), stage)
-    with _alone(stage, root):
-        importlib.import_module(f"isim.stages.{stage}").run(section, root)
+    with _alone("-".join((stage, *arguments)), root):
+        importlib.import_module(f"isim.stages.{stage}").run(section, *arguments, root)
 
 
 @contextlib.contextmanager
 def _alone(stage: str, root: Path) -> Iterator[None]:
-    """Wait until no other process runs `stage` for this repository.
+    """Wait until no other process runs `stage` (for a label set) for this repository.
 
     The resume state of a stage belongs to the repository, and several processes can want it:
     `dvc exp run --temp` beside `dvc repro`, several workers of `dvc queue start`, or a stage

@@ -198,6 +198,32 @@ def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer)
     optimizer.load_state_dict(state)
 
 
+def restore(
+    resume: Path, digest: str, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Go on from `resume/state.safetensors`, or clear `resume` and start anew.
+
+    Args:
+        resume: The run's folder.
+        digest: Of `run_digest`.
+        network: Gets the saved weights, if there are any.
+        optimizer: Likewise its buffers.
+
+    Returns:
+        The progress: `digest` and the rows of the finished `epochs`.
+    """
+    state = resume / "state.safetensors"
+    progress = read_progress(state, digest)
+    if progress is None:
+        shutil.rmtree(resume, ignore_errors=True)
+        return {"digest": digest, "epochs": []}
+    # A kill in the middle of a write leaves its temporary file, which must not be published.
+    for leftover in resume.rglob(".tmp-*"):
+        leftover.unlink()
+    load_state(state, network, optimizer)
+    return progress
+
+
 def resume_folder(base: Path, digest: str) -> Path:
     """The folder of the interrupted run `digest` below `base`; older ones but one are removed.
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -189,6 +189,63 @@ class TrainCam(Section):
         return self
 
 
+class SegmenterOptimizer(Section):
+    """SGD with a poly schedule over all epochs; the head's rate is `head_factor` times `rate`."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Rate
+    rate: Rate
+    head_factor: Rate
+    poly_power: Annotated[float, Field(ge=0)]
+
+
+class TrainSegmenter(Section):
+    """A segmenter, trained on a label set and tested over scales (paper 4.1.7; spec 7).
+
+    `threshold` makes label maps of the label set `seeds`. `crf` are the values of spec 5's set
+    `segmenter`, whose unary comes from probabilities: `gt_prob` is not used.
+    """
+
+    method: Literal["deeplabv2", "deeplabv3"]
+    split: str
+    eval_splits: Annotated[tuple[str, ...], Field(min_length=1)]
+    seed: NonNegative
+    encoder: str
+    weights: str
+    allow_decoder_weights: bool
+    output_stride: Literal[8, 16]
+    encoder_norm: Literal["batch", "frozen"]
+    input_norm: Literal["encoder", "unit"]
+    decoder_channels: Positive
+    crop: Annotated[int, Field(ge=32)]
+    batch: Positive
+    epochs: Positive
+    scale_min: Annotated[float, Field(gt=0, le=4)]
+    scale_max: Annotated[float, Field(gt=0, le=4)]
+    optimizer: SegmenterOptimizer
+    precision: Precision
+    threshold: Fraction
+    test_scales: Scales
+    test_flip: bool
+    crf_after: bool
+    crf: Crf
+    pictures: NonNegative
+
+    @model_validator(mode="after")
+    def _scales_are_a_range(self) -> Self:
+        if self.scale_min > self.scale_max:
+            raise ValueError(
+                f"scale_min ({self.scale_min}) must not be above scale_max ({self.scale_max})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> Self:
+        if len(set(self.eval_splits)) < len(self.eval_splits):
+            raise ValueError("eval_splits names a split twice; name each once")
+        return self
+
+
 class ExportCams(Section):
     """CAMs of the final checkpoint, stored at a stride (spec 4).
 
@@ -222,13 +279,66 @@ class Evaluate(Section):
         return self
 
 
+# Label sets whose maps lie in one folder; those of a round are found by its number.
+LABEL_SETS = {
+    "ground_truth": "data/prepared",
+    "seeds": "data/cams",
+    "random_walk": "data/random_walk",
+}
+
+
+def label_set_path(name: str) -> str | None:
+    """Folder below the project that a label set's maps come from; None for an unknown name."""
+    if re.fullmatch(r"round_(0[1-9]|[1-9][0-9]+)", name):
+        return f"data/pseudo_labels/{name}"
+    return LABEL_SETS.get(name)
+
+
+class LabelSet(Section):
+    """What a segmenter is trained on.
+
+    The path follows from the name. It is written out because DVC, which knows of no rules, takes
+    the dependency of a segmenter from it.
+    """
+
+    name: str
+    path: str
+
+    @model_validator(mode="after")
+    def _path_is_the_name_s(self) -> Self:
+        expected = label_set_path(self.name)
+        if expected is None:
+            raise ValueError(
+                f"unknown label set '{self.name}'; known: {', '.join(LABEL_SETS)} and round_NN, "
+                "such as round_02"
+            )
+        if self.path != expected:
+            raise ValueError(
+                f"label set '{self.name}' has path {self.path}; write path: {expected}"
+            )
+        return self
+
+
 class Params(Section):
-    """All of params.yaml. A stage is handed its own section only."""
+    """All of params.yaml. A stage is handed its own section only.
+
+    `label_sets` is no section: it lists what `train_segmenter` runs for, once each.
+    """
 
     prepare: Prepare
     train_cam: TrainCam
     export_cams: ExportCams
+    train_segmenter: TrainSegmenter
     evaluate: Evaluate
+    label_sets: tuple[LabelSet, ...]
+
+    @model_validator(mode="after")
+    def _label_sets_differ(self) -> Self:
+        names = [labels.name for labels in self.label_sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"label_sets lists {twice[0]} twice; list each label set once")
+        return self
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
@@ -296,17 +406,20 @@ def _explain(error: ValidationError, where: str) -> str:
     else:
         text = f"{first['msg']}, got {first['input']!r}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{where}: {name}: {text}{more}"
+    place = f"{where}: {name}" if name else where
+    return f"{place}: {text}{more}"
 
 
 def _names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
+    # A number is a place in a list.
+    for part in (part for part in loc if isinstance(part, str)):
+        field = model.model_fields.get(part)
+        if field is None:
             return []
-        if not issubclass(field.annotation, BaseModel):
+        inner = (get_args(field.annotation) or (field.annotation,))[0]
+        if not isinstance(inner, type) or not issubclass(inner, BaseModel):
             return []
-        model = field.annotation
+        model = inner
     return list(model.model_fields)
 
 

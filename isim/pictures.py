@@ -1,6 +1,6 @@
-"""The fixed set of pictures that every round and every evaluation shows (paper Fig. 5)."""
+"""The fixed set of pictures that rounds, evaluations and segmenters show (paper Fig. 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,5 +38,27 @@ def strip(item: Item, cam: Path, label: Path, columns: int) -> np.ndarray:
         files.read_label_map(item.mask) if item.mask else None,
         planes.max(0, initial=0.0),
         files.read_label_map(label),
+        columns,
+    )
+
+
+def prediction_strip(item: Item, predictions: Mapping[str, Path], columns: int) -> np.ndarray:
+    """Image, ground truth and predictions side by side.
+
+    Args:
+        item: The image and, if any, its ground truth.
+        predictions: Caption -> label map, PNG.
+        columns: Cells a row: 4 for a strip, 2 for a square.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+
+    Raises:
+        UserError: A file is missing or unreadable.
+    """
+    return viz.prediction_strip(
+        files.read_image(item.image),
+        files.read_label_map(item.mask) if item.mask else None,
+        {name: files.read_label_map(path) for name, path in predictions.items()},
         columns,
     )

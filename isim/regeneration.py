@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -100,23 +101,41 @@ def cams(
     settings: CamSettings,
     device: torch.device,
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (K', H, W) CAMs on `device`, images decoded ahead.
+    """Yield each item with its (K', H, W) CAMs on `device`, in the order of `images`."""
+    network.eval()
+    for item, image in images(items):
+        pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
+        ids = torch.from_numpy(class_ids(item)).to(device)
+        with engine.autocast(settings.precision, device):
+            cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
+        yield item, cam
+
+
+def images(items: Sequence[Item]) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
+    """Yield each item with its (H, W, 3) image, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
+
+    Raises:
+        UserError: An unreadable image.
     """
-    network.eval()
     items = sorted(items, key=lambda item: _size_order(item.image))
     with ThreadPoolExecutor(2) as pool:
         stream = ahead(pool, lambda item: files.read_image(item.image), items, 4)
         for number, (item, image) in enumerate(stream):
             if number % TRIM_EVERY == 0:
                 engine.trim_freed_memory()
-            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
-            ids = torch.from_numpy(class_ids(item)).to(device)
-            with engine.autocast(settings.precision, device):
-                cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
-            yield item, cam
+            yield item, image
+
+
+def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Bring stored CAMs (K', h, w) to an image's size (H, W): (K', H, W), bilinear."""
+    height, width = size
+    grown = np.zeros((len(planes), height, width), np.float32)
+    for plane, out in zip(planes, grown, strict=True):
+        cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
+    return grown
 
 
 def _size_order(image: Path) -> tuple[int, int]:
@@ -221,21 +240,27 @@ def _sweep_counts(
 
 
 def refine_all(tasks: Iterable[RefineTask]) -> Iterator[RefineResult]:
-    """Run `refine_image` over a stream in `engine.worker_count()` processes (0: in this one).
+    """Run `refine_image` over a stream, as `in_workers` does."""
+    return in_workers(refine_image, tasks)
 
-    Results come in the order of the tasks; twice as many tasks as workers are in flight.
+
+def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
+    """Run a function of `workers` over a stream, `engine.worker_count()` times at once.
+
+    In as many processes, or in this one when the count is 0. Results come in the order of the
+    tasks; twice as many tasks as workers are in flight.
 
     Raises:
         UserError: From a task, or when a worker died.
     """
     workers = engine.worker_count()
     if workers == 0:
-        yield from map(refine_image, tasks)
+        yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        for _, result in ahead(pool, refine_image, tasks, 2 * workers):
+        for _, result in ahead(pool, function, tasks, 2 * workers):
             yield result
     except BrokenProcessPool as error:
         raise UserError(

@@ -4,40 +4,52 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from isim.errors import UserError
+from isim.params import load
 
 LINKS = """Where to look next
   reports/                  every figure: metrics.json, CSV tables, pictures
   data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
+  data/predictions/         what the segmenters make of the images
   dvc plots show            mIoU over the rounds, losses, classes: dvc_plots/index.html
   make ui                   every run in MLflow
   isim preset --list        other data sets and methods; then `dvc repro`"""
 
 
 def table(root: Path) -> str:
-    """The mIoU of every round and the final figures, in percent, as plain text.
+    """The mIoU of every round, the final figures and the segmenters', in percent, as plain text.
 
     Args:
-        root: The project folder, which holds `reports/`.
+        root: The project folder, which holds `params.yaml` and `reports/`.
 
     Raises:
-        UserError: A report is missing or not what the stages write.
+        UserError: A report is missing or not what the stages write. A segmenter that has not
+            been trained yet is left out.
     """
+    # Not the folders that are there: those of a label set that was taken from the list stay.
+    names = [labels.name for labels in load(root / "params.yaml").label_sets]
     rounds_path = root / "reports/train_cam/rounds.csv"
     final_path = root / "reports/evaluate/metrics.json"
     try:
         with rounds_path.open(newline="") as file:
             rounds = list(csv.DictReader(file))
         final = json.loads(final_path.read_text())
-        return "\n\n".join((_rounds(rounds), _final(final), LINKS))
+        paths = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
+        trained = [json.loads(path.read_text()) for path in paths if path.exists()]
+        parts = [_rounds(rounds), _final(final)]
+        if trained:
+            parts.append(_segmenters(trained))
+        return "\n\n".join((*parts, LINKS))
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; run `dvc repro` first"
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{rounds_path} or {final_path} is damaged ({error}); run `dvc repro` again"
+            f"{rounds_path}, {final_path} or a metrics.json of reports/train_segmenter is damaged "
+            f"({error}); run `dvc repro` again"
         ) from error
 
 
@@ -67,6 +79,18 @@ def _final(metrics: dict[str, dict[str, float | None]]) -> str:
         cam, oracle, refined = (_percent(figures[column]) for column in columns)
         lines.append(f"{split:<12} {cam:>5}  {oracle:>19}  {refined:>9}")
     lines.append("(the best threshold is chosen on the masks: an upper bound, not a result)")
+    return "\n".join(lines)
+
+
+def _segmenters(reports: list[dict[str, Any]]) -> str:
+    lines = [
+        "mIoU of the segmenters, %",
+        "trained on    split      mIoU  after CRF",
+    ]
+    for report in reports:
+        for split, figures in report["splits"].items():
+            plain, refined = _percent(figures["miou"]), _percent(figures.get("crf_miou"))
+            lines.append(f"{report['label_set']:<12}  {split:<9} {plain:>5}  {refined:>9}")
     return "\n".join(lines)
 
 

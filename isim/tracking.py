@@ -67,6 +67,7 @@ class Run:
         self.resumed: bool = "isim.resumed" in stored.data.tags
         self._client = client
         self._stage = stage
+        self._prefix = ".".join(filter(None, (stage, stored.data.tags.get("label_set"))))
         self._root = root
         self._parent_id = parent_id
         self._lost = False
@@ -124,6 +125,8 @@ class Run:
     def headline(self, values: Mapping[str, float]) -> None:
         """Record final figures on the parent, the leaderboard, as `<stage>.<name>`, and here.
 
+        Of a stage that runs for several label sets: as `<stage>.<label set>.<name>`.
+
         Here only those without a history: a last point at step 0 would spoil its curve.
         """
         from mlflow.entities import Metric
@@ -132,7 +135,7 @@ class Run:
         known = {name for name, _ in self._metrics_seen}
         self.metrics({name: value for name, value in values.items() if name not in known})
         copies = [
-            Metric(f"{self._stage}.{name}", float(value), now, 0) for name, value in values.items()
+            Metric(f"{self._prefix}.{name}", float(value), now, 0) for name, value in values.items()
         ]
         self._try(lambda: self._client.log_batch(self._parent_id, metrics=copies))
 
@@ -212,7 +215,11 @@ class Run:
 
 @contextlib.contextmanager
 def stage_run(
-    stage: str, params: BaseModel, root: Path, inputs: Mapping[str, Path]
+    stage: str,
+    params: BaseModel,
+    root: Path,
+    inputs: Mapping[str, Path],
+    label_set: str = "",
 ) -> Iterator[Run]:
     """Open the run of one stage, below the run of the pipeline execution it belongs to.
 
@@ -226,6 +233,8 @@ def stage_run(
         params: The stage's section; logged flat as `<stage>.<name>`.
         root: Folder of params.yaml and dvc.yaml.
         inputs: Name -> file or directory under DVC whose md5 is recorded.
+        label_set: Of a stage that runs once for each label set: a tag, which tells its runs
+            apart, and the middle of its headline's names.
 
     Yields:
         The open run.
@@ -235,7 +244,7 @@ def stage_run(
     """
     uri = tracking_uri(root)
     try:
-        run = _open(uri, stage, params, root, inputs)
+        run = _open(uri, stage, params, root, inputs, label_set)
     except UserError:
         raise
     # Drivers, HTTP, SQL: each back end has its own exceptions, the user one remedy.
@@ -302,7 +311,14 @@ def md5(path: Path) -> str:
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def _open(uri: str, stage: str, params: BaseModel, root: Path, inputs: Mapping[str, Path]) -> Run:
+def _open(
+    uri: str,
+    stage: str,
+    params: BaseModel,
+    root: Path,
+    inputs: Mapping[str, Path],
+    label_set: str,
+) -> Run:
     mlflow = _import_mlflow()
     create_database(uri)
     hashes = {name: md5(path) for name, path in inputs.items() if path.exists()}
@@ -322,11 +338,13 @@ def _open(uri: str, stage: str, params: BaseModel, root: Path, inputs: Mapping[s
     }
     own = shared | {
         "stage": stage,
-        "isim.stage_digest": _stage_digest(stage, params, root, hashes),
+        "isim.stage_digest": _stage_digest(stage, params, root, hashes, label_set),
         "isim.dvc_lock": md5(root / "dvc.lock") if (root / "dvc.lock").exists() else "none",
         "mlflow.source.name": f"isim {stage.replace('_', '-')}",
         "mlflow.source.type": "LOCAL",
     }
+    if label_set:
+        own["label_set"] = label_set
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     with _lock(home(root)):
         experiment = _experiment(client, uri, root)
@@ -445,7 +463,12 @@ def _child(
         f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.stage = '{stage}'",
         order_by=["attributes.start_time DESC"],
     )
-    current = [run for run in older if "isim.superseded_by" not in run.data.tags]
+    current = [
+        run
+        for run in older
+        if "isim.superseded_by" not in run.data.tags
+        and run.data.tags.get("label_set") == tags.get("label_set")
+    ]
     for run in current:
         ours = run.data.tags["isim.host"] == socket.gethostname()
         running = run.info.status == "RUNNING" and ours
@@ -457,7 +480,7 @@ def _child(
     new = client.create_run(
         experiment,
         tags={**tags, "mlflow.parentRunId": parent_id},
-        run_name=f"{stage} {tags['isim.pipeline']}",
+        run_name=" ".join(filter(None, (stage, tags.get("label_set"), tags["isim.pipeline"]))),
     )
     for run in current:
         client.set_tag(run.info.run_id, "isim.superseded_by", new.info.run_id)
@@ -514,10 +537,14 @@ def _params_file(root: Path) -> dict[str, Any] | None:
     return read_yaml(path) if path.exists() else None
 
 
-def _stage_digest(stage: str, params: BaseModel, root: Path, hashes: Mapping[str, str]) -> str:
+def _stage_digest(
+    stage: str, params: BaseModel, root: Path, hashes: Mapping[str, str], label_set: str
+) -> str:
     # What DVC's run-cache looks at: parameters, data and, from dvc.yaml, code. The same digest
     # therefore means the same figures.
     state: dict[str, Any] = {"stage": stage, "params": digest(params), "inputs": dict(hashes)}
+    if label_set:
+        state["label_set"] = label_set
     if (root / "dvc.yaml").exists():
         declared = read_yaml(root / "dvc.yaml").get("stages", {}).get(stage, {}).get("deps", [])
         paths = [root / str(dependency) for dependency in declared]

@@ -74,13 +74,47 @@ def picture_strip(
     Returns:
         (H', W', 3) uint8 RGB; the same size whether or not there is a truth.
     """
+    cells = [(cam_overlay(image, cam), PHOTO, "CAM"), (colorize(label), LABEL, "pseudo-label")]
+    return _strip(image, truth, cells, columns)
+
+
+def prediction_strip(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    predictions: Mapping[str, np.ndarray],
+    columns: int = 4,
+) -> np.ndarray:
+    """Image, ground truth and predictions side by side, with captions.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        truth: (H, W) uint8, or None when the image has no ground truth.
+        predictions: Caption -> (H, W) uint8.
+        columns: As in `picture_strip`.
+
+    Returns:
+        (H', W', 3) uint8 RGB; the same size whether or not there is a truth.
+    """
+    cells = [(colorize(label), LABEL, name) for name, label in predictions.items()]
+    return _strip(image, truth, cells, columns)
+
+
+def _strip(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    results: list[tuple[np.ndarray, Image.Resampling, str]],
+    columns: int,
+) -> np.ndarray:
+    """Image, ground truth and the cells of `results`, `columns` a row."""
     shown = colorize(truth) if truth is not None else np.full_like(image, 255)
     cells = [
         (image, PHOTO, "image"),
         (shown, LABEL, "ground truth" if truth is not None else "no ground truth"),
-        (cam_overlay(image, cam), PHOTO, "CAM"),
-        (colorize(label), LABEL, "pseudo-label"),
+        *results,
     ]
+    # The last row must be as wide as the others.
+    while len(cells) > columns and len(cells) % columns:
+        cells.append((np.full_like(image, 255), PHOTO, ""))
     width = min(max(image.shape[1], MIN_CELL), MAX_CELL)
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     return np.concatenate([_row(row, width, CAPTION) for row in rows])

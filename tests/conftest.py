@@ -119,7 +119,7 @@ def prepared_project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_project(prepared_project, tmp_path_factory):
-    """A project folder after all four stages of preset `tiny`; never change it, copy it."""
+    """A project of preset `tiny` with all but the segmenters; never change it, copy it."""
     from isim import engine
     from isim.stages import evaluate, export_cams, train_cam
 

@@ -1,9 +1,10 @@
 """Runs stages in processes of their own that die by SIGKILL at chosen moments.
 
 Reads one step a line from standard input, as JSON, and forks a process for it, since imports
-take longer than the stages of preset `tiny`. A step is {"root", "stage", "changes": {parameter:
-value}, "moment": a key of MOMENTS or null, "count"}: the process dies at the `count`-th such
-moment. Answers each with a line {"signal", "epochs": trained, "images": finished}.
+take longer than the stages of preset `tiny`. A step is {"root", "stage", "arguments": what the
+stage takes beside its section and the root, "changes": {parameter: value}, "moment": a key of
+MOMENTS or null, "count"}: the process dies at the `count`-th such moment. Answers each with a
+line {"signal", "epochs": trained, "images": finished}.
 """
 
 import json
@@ -17,11 +18,15 @@ from pathlib import Path
 
 import torch
 
-from isim import engine, params, tracking, training
+from isim import engine, params, segmenter_training, tracking, training
 from isim.data import files
-from isim.stages import export_cams, train_cam
+from isim.stages import export_cams, train_cam, train_segmenter
 
-STAGES = {"train_cam": train_cam, "export_cams": export_cams}
+STAGES = {
+    "train_cam": train_cam,
+    "export_cams": export_cams,
+    "train_segmenter": train_segmenter,
+}
 remaining = 0
 
 
@@ -84,6 +89,9 @@ MOMENTS = {
     "when a label map is renamed": lambda: before(
         Path, "replace", lambda _, to: to.suffix == ".png" and to.parent.name.startswith("round_")
     ),
+    "when a refined prediction is renamed": lambda: before(
+        Path, "replace", lambda _, to: to.suffix == ".png" and to.parent.name == "val_crf"
+    ),
     "after a folder was copied": lambda: after(shutil, "copytree"),
     "when the resume folder is removed": half_removed,
 }
@@ -101,12 +109,15 @@ def no_tracking(*_):
 
 def count_work(pipe):
     """Send what was done through the pipe, which outlives the process."""
-    train, label, store = training.train_epoch, files.write_label_map, files.write_cam
+    label, store = files.write_label_map, files.write_cam
 
-    def train_epoch(*arguments):
-        row = train(*arguments)
-        os.write(pipe, f"{arguments[4]}\n".encode())
-        return row
+    def counting(train):
+        def train_epoch(*arguments):
+            row = train(*arguments)
+            os.write(pipe, f"{arguments[4]}\n".encode())
+            return row
+
+        return train_epoch
 
     def write_label_map(*arguments):
         label(*arguments)
@@ -117,7 +128,8 @@ def count_work(pipe):
         if path.parent.name in ("train", "val"):
             os.write(pipe, b"image\n")
 
-    training.train_epoch = train_epoch
+    for module in (training, segmenter_training):
+        module.train_epoch = counting(module.train_epoch)
     files.write_label_map = write_label_map
     files.write_cam = write_cam
 
@@ -131,7 +143,8 @@ def live(step, pipe):
         MOMENTS[step["moment"]]()
     root = Path(step["root"])
     section = getattr(params.load(root / "params.yaml"), step["stage"])
-    STAGES[step["stage"]].run(section.model_copy(update=step["changes"]), root)
+    section = section.model_copy(update=step["changes"])
+    STAGES[step["stage"]].run(section, *step["arguments"], root)
 
 
 def fork(step):

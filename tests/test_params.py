@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -94,6 +95,9 @@ def test_every_method_is_accepted(method, tree):
         ("evaluate", {"sweep_start": 0.9, "sweep_stop": 0.1}, "sweep_start"),
         ("export_cams", {"stride": 3}, "export_cams.stride"),
         ("prepare", {"colour": 1}, "prepare.colour"),
+        ("train_segmenter", {"scale_min": 1.2, "scale_max": 0.8}, "scale_min (1.2)"),
+        ("train_segmenter", {"eval_splits": ["val", "val"]}, "eval_splits"),
+        ("train_segmenter", {"output_stride": 32}, "train_segmenter.output_stride"),
     ],
 )
 def test_an_error_is_one_line_with_the_name(section, change, words, tree):
@@ -102,6 +106,62 @@ def test_an_error_is_one_line_with_the_name(section, change, words, tree):
         params.validate(tree, "params.yaml")
     message = str(caught.value)
     assert words in message and message.startswith("params.yaml: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ([("truth", "data/prepared")], "unknown label set 'truth'"),
+        ([("round_00", "data/pseudo_labels/round_00")], "unknown label set 'round_00'"),
+        ([("round_2", "data/pseudo_labels/round_2")], "such as round_02"),
+        ([("round_02", "data/pseudo_labels/round_01")], "path: data/pseudo_labels/round_02"),
+        ([("seeds", "data/prepared")], "path: data/cams"),
+        ([("seeds", "data/cams"), ("seeds", "data/cams")], "lists seeds twice"),
+    ],
+)
+def test_label_sets_that_do_not_fit_are_one_line(sets, words, tree):
+    tree["label_sets"] = [{"name": name, "path": path} for name, path in sets]
+    with pytest.raises(UserError) as caught:
+        params.validate(tree, "params.yaml")
+    message = str(caught.value)
+    assert words in message and message.startswith("params.yaml: ") and "\n" not in message
+
+
+def test_a_misspelt_name_in_a_label_set_is_found(tree):
+    tree["label_sets"] = [{"nam": "seeds", "path": "data/cams"}]
+    with pytest.raises(UserError, match=r"label_sets\.0\.nam: .*did you mean name\?"):
+        params.validate(tree, "params.yaml")
+
+
+def test_label_sets_of_every_kind_and_none(tree):
+    known = ("ground_truth", "seeds", "random_walk", "round_01", "round_12", "round_100")
+    entries = [{"name": name, "path": params.label_set_path(name)} for name in known]
+    for sets in (entries, []):
+        tree["label_sets"] = sets
+        assert len(params.validate(tree, "here").label_sets) == len(sets)
+
+
+def test_an_experiment_and_a_preset_leave_the_comments_of_params_yaml(tmp_path):
+    """Of a list of mappings, DVC would drop what follows it."""
+    path = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text()
+    path.write_text(before)
+    apply_overrides(str(path), ["train_cam.seed=7"])
+    for name in ("voc-sample-mobilenetv2", "demo"):
+        preset.write(name, path)
+    assert path.read_text() == before
+
+
+def test_the_paper_presets_hold_the_segmenter_of_section_4_1_7():
+    values = params.validate(plain(preset.folder() / "voc-deeplabcam-resnet50.yaml"), "here")
+    section = values.train_segmenter
+    assert (section.method, section.output_stride) == ("deeplabv3", 16)
+    assert (section.crop, section.epochs, section.batch) == (512, 50, 16)
+    assert (section.scale_min, section.scale_max) == (0.5, 1.5)
+    assert section.test_scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) and section.test_flip
+    assert (section.crf.gaussian_sxy, section.crf.bilateral_sxy) == (1, 67)
+    assert (section.crf.bilateral_srgb, section.crf.bilateral_compat) == (3, 4)
+    assert not section.allow_decoder_weights
 
 
 def test_a_missing_section_is_named(tree):

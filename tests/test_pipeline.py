@@ -10,7 +10,12 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-STAGES = list(YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"])
+PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+TINY = YAML(typ="safe").load((ROOT / "isim/presets/tiny.yaml").read_text())
+SEGMENTERS = [f"train_segmenter@labels{place}" for place in range(len(TINY["label_sets"]))]
+STAGES = [
+    stage for name in PIPELINE for stage in (SEGMENTERS if name == "train_segmenter" else [name])
+]
 
 
 def run(folder, *command):
@@ -80,6 +85,7 @@ def test_a_run_leaves_a_clean_tree_and_the_result_table(project):
     rows = [line.split() for line in table.splitlines()]
     assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == ["1", "2"]
     assert {"train", "val"} <= {row[0] for row in rows if row}
+    assert {entry["name"] for entry in TINY["label_sets"]} <= {row[0] for row in rows if row}
     for place in ("reports/", "data/pseudo_labels/", "make ui"):
         assert place in table
 
@@ -122,13 +128,15 @@ def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(pro
     lock = (project / "dvc.lock").read_text()
 
     done = run(project, "dvc", "exp", "run", "--name", "other-seed", "-S", "train_cam.seed=1")
-    assert stages_run(done) == ["train_cam", "export_cams", "evaluate"]
+    # The segmenter of the ground truth does not depend on the training.
+    again = ["train_cam", "export_cams", "train_segmenter@labels0", "evaluate"]
+    assert stages_run(done) == again
     assert (project / "dvc.lock").read_text() != lock
 
     run(project, "isim", "preset", "tiny")
     back = run(project, "dvc", "repro")
     assert stages_run(back) == []
-    assert back.count("is cached - skipping run") == 3
+    assert back.count("is cached - skipping run") == len(again)
     assert (project / "dvc.lock").read_text() == lock
     assert run(project, "git", "status", "--porcelain") == "", "figures are the first run's again"
 
@@ -160,7 +168,10 @@ def check_tracking(project):
         if child.info.run_id not in parents:
             parent = parents[child.data.tags["mlflow.parentRunId"]]
             children.setdefault(parent.info.run_name, []).append(child.data.tags["stage"])
-    assert sorted(children.pop("other-seed")) == ["evaluate", "export_cams", "train_cam"]
+    ours = ["evaluate", "export_cams", "train_cam", "train_segmenter"]
+    assert sorted(children.pop("other-seed")) == ours
     assert children.pop("in-a-copy") == ["evaluate"]
     (first,) = children.values()
-    assert sorted(first) == sorted(STAGES)
+    assert sorted(first) == sorted(stage.split("@")[0] for stage in STAGES)
+    names = {run.data.tags.get("label_set") for run in runs}
+    assert names == {None, *(entry["name"] for entry in TINY["label_sets"])}

@@ -40,13 +40,15 @@ def without_times(path):
 
 
 def outs(root):
-    """Every out and report of the training and the export, by path."""
+    """Every out and report of the trainings and the export, by path."""
     folders = (
         "models",
         "data/pseudo_labels",
         "data/cams",
         "reports/train_cam",
         "reports/export_cams",
+        "data/predictions",
+        "reports/train_segmenter",
     )
     return {
         str(path.relative_to(root)): without_times(path)
@@ -77,8 +79,8 @@ def lives(tmp_path_factory):
         ) as nursery,
     ):
 
-        def answer(root, stage, changes, moment, count):
-            step = {"root": str(root), "stage": stage, "changes": changes}
+        def answer(root, stage, arguments, changes, moment, count):
+            step = {"root": str(root), "stage": stage, "arguments": arguments, "changes": changes}
             step |= {"moment": moment, "count": count}
             nursery.stdin.write(json.dumps(step) + "\n")
             nursery.stdin.flush()
@@ -86,8 +88,8 @@ def lives(tmp_path_factory):
             assert line, log.read_text()
             return json.loads(line)
 
-        def run(root, *steps, stage="train_cam", **changes):
-            return [answer(root, stage, changes, *step) for step in steps]
+        def run(root, *steps, stage="train_cam", arguments=(), **changes):
+            return [answer(root, stage, arguments, changes, *step) for step in steps]
 
         yield run
 
@@ -174,6 +176,37 @@ def test_an_export_that_is_killed_again_and_again_ends_bit_equal(unbroken, copie
     assert [life["images"] for life in found] == [5, 3, 12, 6, 0]
     assert_equal_outs(outs(root), outs(whole))
     assert not (root / ".isim/resume/export_cams").exists()
+
+
+def test_a_segmenter_that_is_killed_again_and_again_ends_bit_equal(unbroken, copies, lives):
+    whole, root = copies(), copies()
+    for project in (whole, root):
+        shutil.copytree(unbroken / "data/pseudo_labels", project / "data/pseudo_labels")
+    options = {"stage": "train_segmenter", "arguments": ["round_02"]}
+    (life,) = lives(whole, UNBROKEN, **options)
+    # Each image of val is written twice, before and after the dCRF.
+    assert life == {"signal": ENDED, "epochs": [1, 2], "images": 16}
+    found = lives(
+        root,
+        ("before a step of the optimizer", 2),  # in the first epoch: nothing to go on from
+        ("before a step of the optimizer", 3),  # in the second
+        ("after a label map", 5),  # of the third image only the prediction before the dCRF
+        ("when a refined prediction is renamed", 3),
+        ("after a folder was copied", 2),  # the model is there, the predictions are not
+        UNBROKEN,
+        **options,
+    )
+    assert [life["signal"] for life in found] == [KILLED] * 5 + [ENDED]
+    assert [life["epochs"] for life in found] == [[], [1], [2], [], [], []]
+    assert [life["images"] for life in found] == [0, 0, 5, 5, 8, 0]
+    assert_equal_outs(outs(root), outs(whole))
+    assert not (root / ".isim/resume/train_segmenter/round_02").exists()
+    # Nor is another label set taken for it.
+    (other,) = lives(root, ("before a step of the optimizer", 3), **options, seed=1)
+    (ceiling,) = lives(root, UNBROKEN, stage="train_segmenter", arguments=["ground_truth"], seed=1)
+    assert (other["epochs"], ceiling["epochs"]) == ([1], [1, 2])
+    (rest,) = lives(root, UNBROKEN, **options, seed=1)
+    assert rest["epochs"] == [2]
 
 
 def isim(root, command):

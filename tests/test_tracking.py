@@ -133,6 +133,32 @@ def test_stages_of_one_execution_share_a_parent_and_go_no_deeper(root):
     assert (dataset.name, dataset.digest) == ("prepared", tracking.md5(root / "data"))
 
 
+def test_label_sets_have_runs_of_their_own(root):
+    """One that was killed is gone on with, though another one has run since."""
+    figures = {"seeds": 0.2, "round_02": 0.3}
+
+    def open_segmenter(name):
+        section = PARAMS.train_segmenter
+        return tracking.stage_run("train_segmenter", section, root, {}, name)
+
+    with pytest.raises(KeyboardInterrupt), open_segmenter("seeds") as run:
+        raise KeyboardInterrupt
+    killed = run.run_id
+    for name in ("round_02", "seeds"):
+        with open_segmenter(name) as run:
+            assert run.resumed == (name == "seeds")
+            assert (run.run_id == killed) == (name == "seeds")
+            run.headline({"val_miou": figures[name]})
+    client = client_of(root)
+    runs = runs_of(client, stage="train_segmenter")
+    assert {run.data.tags["label_set"] for run in runs} == set(figures) and len(runs) == 2
+    assert not any("isim.superseded_by" in run.data.tags for run in runs)
+    assert len({run.data.tags["isim.stage_digest"] for run in runs}) == 2
+    (parent,) = runs_of(client, stage="pipeline")
+    for name, figure in figures.items():
+        assert parent.data.metrics[f"train_segmenter.{name}.val_miou"] == figure
+
+
 def test_a_stage_run_again_supersedes_its_older_run(root):
     for _ in range(3):
         with open_run(root) as run:

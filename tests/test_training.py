@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from isim import engine, metrics, training
+from isim import batches, engine, metrics, training
 from isim.data.dataset import CropDataset, Item, epoch_order, load_prepared
 from isim.data.files import read_image, write_label_map
 from isim.errors import UserError
@@ -61,7 +61,7 @@ class Trainer:
         )
         if labels:
             dataset.use_labels(0)
-        self.crops = training.CropBatches(dataset, params, CPU)
+        self.crops = batches.CropBatches(dataset, params, CPU)
 
     def epoch(self, number, precision="fp32"):
         return training.train_epoch(
@@ -127,7 +127,7 @@ def test_rates_follow_the_schedule(tiny, prepared):
     ("count", "batch", "steps"), [(16, 8, 2), (17, 8, 2), (7, 8, 1), (1, 8, 1)]
 )
 def test_only_full_batches_but_at_least_one(count, batch, steps):
-    assert training.steps_per_epoch(count, batch) == steps
+    assert batches.steps_per_epoch(count, batch) == steps
 
 
 def test_an_incomplete_batch_is_dropped_and_others_the_next_time(tiny, prepared, monkeypatch):

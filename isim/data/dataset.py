@@ -123,9 +123,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class CropDataset(Dataset[dict[str, torch.Tensor]]):
-    """Random crops of images, moved together with their label maps (spec 3.5).
+    """Random crops of images, moved together with their label maps (spec 3.5 and 7).
 
-    The longer side is drawn uniformly from [crop, 2 crop], then a random crop (padded with the
+    The longer side is drawn uniformly from [crop, 2 crop] or, where `scales` is given, a factor
+    of the image's size from that range; then a random crop (padded with the
     mean colour and IGNORE when smaller) and a random flip. An item depends on (seed, epoch,
     index) alone, never on workers or on what was drawn before, so that a resumed run sees the
     same crops as an unbroken one.
@@ -140,6 +141,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         labels: Sequence[Callable[[str], Path]],
         flip: bool = True,
+        scales: tuple[float, float] | None = None,
     ) -> None:
         """Describe the crops; nothing is read yet.
 
@@ -151,11 +153,14 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             seed: Seed of all draws.
             labels: Sets of label maps, each from an item's id to a path; `use_labels` chooses one.
             flip: Whether to mirror at random.
+            scales: Lowest and highest factor of the image's size (0.5 and 1.5 for segmenters);
+                None draws the longer side by the crop, as the ISIM loop does.
         """
         self.items = items
         self.crop = crop
         self.seed = seed
         self.labels = labels
+        self.scales = scales
         # Shared memory, so that workers which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._labels_used = torch.full((), -1, dtype=torch.int64).share_memory_()
@@ -194,7 +199,8 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             (crop, crop) int64 with 255 for padding and ignored pixels.
 
         Raises:
-            UserError: The image or its label map is unreadable, or their sizes differ.
+            UserError: The image or its label map is unreadable, their sizes differ, or the map
+                holds a label that is none of the classes.
         """
         item = self.items[index]
         image = read_image(item.image)
@@ -221,14 +227,26 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
                 f"label map {path} is {label.shape[1]}x{label.shape[0]} pixels but {item.image} "
                 f"is {size[1]}x{size[0]}; delete the label maps and make them again"
             )
+        # One more than the label, so that IGNORE, 255, wraps around to 0.
+        highest = int((label + np.uint8(1)).max()) - 1
+        if highest > len(item.image_label):
+            raise UserError(
+                f"label map {path} holds label {highest} of 0..{len(item.image_label)}; it is of "
+                "other classes: make the label maps again"
+            )
         return label
+
+    def _draw_scale(self, longer_side: int) -> float:
+        if self.scales is None:
+            return int(torch.randint(self.crop, 2 * self.crop + 1, ())) / longer_side
+        lowest, highest = self.scales
+        return lowest + (highest - lowest) * float(torch.rand(()))
 
     def _augment(
         self, image: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) and (H, W) uint8 to (3, crop, crop) float32 and (crop, crop) int64."""
-        longer = int(torch.randint(self.crop, 2 * self.crop + 1, ()))
-        scale = longer / max(label.shape)
+        scale = self._draw_scale(max(label.shape))
         size = [max(1, round(side * scale)) for side in label.shape]
         # A permuted view is channels-last, for which torchvision resizes uint8 directly.
         pixels = v2.functional.resize_image(image.permute(2, 0, 1), size)

@@ -411,11 +411,11 @@ def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[flo
     return tuple(config.mean), tuple(config.std)
 
 
-def load_encoder_weights(network: CamNetwork, encoder: str, weights: str, path: Path) -> None:
+def load_encoder_weights(network: nn.Module, encoder: str, weights: str, path: Path) -> None:
     """Fill the encoder with ImageNet weights; the rest keeps its random start.
 
     Args:
-        network: Changed in place.
+        network: Its `encoder` is changed in place.
         encoder: timm name, for the ImageNet download and to know its head's keys.
         weights: `none`, `imagenet` (downloaded by timm) or anything else for `path`.
         path: A safetensors file with timm's keys; a legacy `.pth` is read without unpickling.
@@ -427,7 +427,7 @@ def load_encoder_weights(network: CamNetwork, encoder: str, weights: str, path: 
     if weights == "none":
         return
     state = _imagenet_state(encoder) if weights == "imagenet" else _file_state(path)
-    model: nn.Module = network.encoder.get_submodule("model")
+    model = network.get_submodule("encoder.model")
     with torch.device("meta"):
         full = set(timm.create_model(encoder.split(".")[0]).state_dict())
     own = model.state_dict()

@@ -1,7 +1,9 @@
-"""Losses of the ISIM loop (paper 3.2, Eq. 2-3)."""
+"""Losses of the ISIM loop (paper 3.2, Eq. 2-3) and of the segmenters (paper 4.1.7)."""
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from isim.models.inference import upsample
 
 IGNORE = 255
 
@@ -21,7 +23,28 @@ def modified_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """
     foreground = ((labels > 0) & (labels != IGNORE)).flatten(1).any(1)  # (B,)
     labels = labels.masked_fill(~foreground[:, None, None], IGNORE)
+    return _mean_over_pixels(logits, labels), (~foreground).sum()
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, stride: int) -> Tensor:
+    """Mean cross-entropy over the pixels that are not IGNORE (spec 7).
+
+    The logits are upsampled to the labels, in fp32: labels reduced to the map would drop
+    objects thinner than its stride and decide each border by the pixel that happens to be hit.
+
+    Args:
+        logits: (B, L, h, w) of a `Segmenter`.
+        labels: (B, H, W) int64, 0 background, 255 ignored.
+        stride: Of the logits: h = ceil(H / stride).
+
+    Returns:
+        The loss, a scalar; 0 when no pixel counts, and so is then every gradient.
+    """
+    return _mean_over_pixels(upsample(logits, stride, labels.shape[-2:]), labels)
+
+
+def _mean_over_pixels(logits: Tensor, labels: Tensor) -> Tensor:
     # Channels last, this is a view, and a softmax over neighbouring numbers is twice as fast.
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, L)
     total = F.cross_entropy(pixels, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1), (~foreground).sum()
+    return total / (labels != IGNORE).sum().clamp(min=1)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from isim.data.dataset import Item, Prepared, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
-from isim.regeneration import class_ids, refine_all
+from isim.regeneration import class_ids, grow, refine_all
 from isim.workers import RefineTask, dense
 
 
@@ -164,12 +163,9 @@ def _score_cams(
     def tasks() -> Iterator[RefineTask]:
         for item in items:
             assert item.mask is not None
-            planes, ids, (height, width) = files.read_cam(folder / f"{item.id}.npz")
-            truth = files.read_truth(item.mask, (height, width), num_labels)
-            grown = np.zeros((len(ids), height, width), np.float32)
-            for plane, out in zip(planes, grown, strict=True):
-                cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
-            best, top = seeds.peak(grown, ids)
+            planes, ids, size = files.read_cam(folder / f"{item.id}.npz")
+            truth = files.read_truth(item.mask, size, num_labels)
+            best, top = seeds.peak(grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
             for name, ids_of_part in parts.items():
                 if item.id in ids_of_part:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, rounds, tracking, training, viz
+from isim import atomic, batches, engine, metrics, pictures, rounds, tracking, training, viz
 from isim.data import files
 from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
@@ -55,15 +55,8 @@ def run(params: TrainCam, root: Path) -> None:
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/train_cam", key)
     state = resume / "state.safetensors"
-    progress = engine.read_progress(state, key)
-    if progress is None:
-        shutil.rmtree(resume, ignore_errors=True)
-        progress = {"digest": key, "epochs": []}
-    else:
-        # A kill in the middle of a write leaves its temporary file, which must not be published.
-        for leftover in resume.rglob(".tmp-*"):
-            leftover.unlink()
-        engine.load_state(state, network, optimizer)
+    progress = engine.restore(resume, key, network, optimizer)
+    if progress["epochs"]:
         tqdm.write(f"train_cam: continues after epoch {len(progress['epochs'])}")
 
     shown = pictures.choose(items, params.pictures)
@@ -74,7 +67,7 @@ def run(params: TrainCam, root: Path) -> None:
         for number in range(1, params.epochs + 1)
     ]
     dataset = CropDataset(items, params.crop, config.mean, config.std, params.seed, label_sets)
-    crops = training.CropBatches(dataset, params, device)
+    crops = batches.CropBatches(dataset, params, device)
     inputs = {"data/prepared": root / "data/prepared", "weights": weights}
     with (
         engine.keep_freed_memory(),

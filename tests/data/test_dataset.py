@@ -81,7 +81,7 @@ def make_items(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Item], 
         pixels = np.stack([label * 10] * 3, axis=-1)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         write_label_map(folder / f"{number}_label.png", label)
-        items.append(Item(str(number), folder / f"{number}.png", None, np.ones(2, np.float32)))
+        items.append(Item(str(number), folder / f"{number}.png", None, np.ones(20, np.float32)))
         labels[str(number)] = folder / f"{number}_label.png"
     return items, labels
 
@@ -128,6 +128,73 @@ def test_longer_side_is_drawn_from_crop_to_twice_crop(tmp_path):
     # Height is a quarter of the longer side: 8..16 pixels of white.
     assert min(heights) == 8
     assert max(heights) == 16
+
+
+def first_draw(epoch, draw, seed=3, index=0):
+    """What `draw` gives first with the generator of an item."""
+    with torch.random.fork_rng(devices=[]):
+        state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+        return draw()
+
+
+def white_rows(data, epoch):
+    data.set_epoch(epoch)
+    return int((data[0]["image"].amax(dim=(0, 2)) > 1).sum())
+
+
+def test_the_longer_side_is_the_first_draw(tmp_path):
+    items, _ = make_items(tmp_path, [(20, 80)])
+    Image.fromarray(np.full((20, 80, 3), 255, np.uint8)).save(items[0].image)
+    data = dataset(items, None, crop=32)
+    for epoch in range(20):
+        longer = first_draw(epoch, lambda: int(torch.randint(32, 65, ())))
+        assert white_rows(data, epoch) == round(20 * longer / 80)
+
+
+def test_scales_draw_a_factor_of_the_image_whatever_its_size(tmp_path):
+    items, _ = make_items(tmp_path, [(20, 80)])
+    heights = []
+    for size in ((20, 80), (24, 30)):
+        Image.fromarray(np.full((*size, 3), 255, np.uint8)).save(items[0].image)
+        data = CropDataset(items, 40, MEAN, STD, 3, [], scales=(0.5, 1.5))
+        for epoch in range(40):
+            factor = 0.5 + first_draw(epoch, lambda: float(torch.rand(())))
+            assert white_rows(data, epoch) == round(size[0] * factor)
+            heights.append(white_rows(data, epoch) / size[0])
+    assert min(heights) < 0.6 and max(heights) > 1.4
+    data = CropDataset(items, 40, MEAN, STD, 3, [], scales=(1.25, 1.25))
+    assert {white_rows(data, epoch) for epoch in range(5)} == {30}
+
+
+def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path):
+    items, labels = make_items(tmp_path, [(20, 80)])
+    label = np.full((20, 80), 255, np.uint8)
+    label[3, 4] = 20
+    write_label_map(labels["0"], label)
+    assert dataset(items, labels)[0]["label"].shape == (48, 48)
+    label[3, 4] = 21
+    write_label_map(labels["0"], label)
+    with pytest.raises(UserError, match=r"0_label\.png holds label 21 of 0\.\.20"):
+        dataset(items, labels)[0]
+
+
+def test_scaled_crops_are_padded_and_aligned(tmp_path):
+    items, labels = make_items(tmp_path, [(60, 90)])
+    data = CropDataset(items, 48, MEAN, STD, 3, [labels.__getitem__], scales=(0.5, 1.5))
+    data.use_labels(0)
+    padding = []
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        image, label = data[0]["image"], data[0]["label"]
+        assert image.shape == (3, 48, 48) and label.shape == (48, 48)
+        pixels = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        inside = label != 255
+        agree = (pixels[0][inside] * 255 - label[inside] * 10).abs() < 25
+        assert agree.float().mean() > 0.9
+        assert image[:, ~inside].abs().sum() <= 0.02 * 3 * (~inside).sum()
+        padding.append(bool((~inside).any()))
+    assert any(padding) and not all(padding)
 
 
 def test_without_labels_everything_is_ignored(tmp_path):

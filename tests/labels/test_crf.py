@@ -4,7 +4,7 @@ import numpy as np
 import pydensecrf.densecrf as densecrf
 import pytest
 
-from isim.labels.crf import refine
+from isim.labels.crf import refine, refine_soft
 from isim.params import Crf
 
 PAPER = Crf(
@@ -15,6 +15,17 @@ PAPER = Crf(
     bilateral_sxy=50,
     bilateral_srgb=5,
     bilateral_compat=10,
+)
+
+# Spec 5, set `segmenter`.
+SEGMENTER = Crf(
+    steps=10,
+    gt_prob=0.7,
+    gaussian_sxy=1,
+    gaussian_compat=3,
+    bilateral_sxy=67,
+    bilateral_srgb=3,
+    bilateral_compat=4,
 )
 
 
@@ -88,3 +99,61 @@ def test_a_coarse_seed_is_drawn_to_the_edges_of_the_image():
     refined = refine(image, seed, np.array([6]), PAPER)
     assert set(np.unique(refined)) == {0, 6}
     assert (refined != truth).mean() < 0.005
+
+
+def soft(labels=5, height=20, width=31, seed=1):
+    """A softmax (labels, height, width), at some pixels certain."""
+    scores = np.random.default_rng(seed).normal(0, 2, (labels, height, width))
+    scores[0, :3] += 200
+    exponentials = np.exp(scores - scores.max(0))
+    return (exponentials / exponentials.sum(0)).astype(np.float32)
+
+
+def test_soft_equals_pydensecrf_with_a_unary_written_by_hand():
+    image, _ = noise()
+    probabilities = soft()
+    assert probabilities.min() == 0, "log(0) must not reach the energies"
+    energies = -np.log(np.maximum(probabilities, 1e-5)).reshape(5, -1)
+    field = densecrf.DenseCRF2D(31, 20, 5)
+    field.setUnaryEnergy(energies)
+    field.addPairwiseGaussian(sxy=1, compat=3)
+    field.addPairwiseBilateral(sxy=67, srgb=3, rgbim=image, compat=4)
+    marginals = np.array(field.inference(10)).reshape(5, 20, 31)
+    found = refine_soft(image, probabilities, SEGMENTER)
+    assert found.dtype == np.uint8 and found.shape == (20, 31)
+    assert (found == marginals.argmax(0)).all()
+    assert (found != probabilities.argmax(0)).any()
+
+
+def test_soft_without_steps_is_the_argmax():
+    image, _ = noise()
+    settings = SEGMENTER.model_copy(update={"steps": 0})
+    assert (refine_soft(image, soft(), settings) == soft().argmax(0)).all()
+
+
+def test_soft_takes_views_and_does_not_change_them():
+    image, _ = noise()
+    probabilities = soft()
+    before = probabilities.copy()
+    mirrored = refine_soft(image[:, ::-1], probabilities[..., ::-1], SEGMENTER)
+    copies = (np.ascontiguousarray(a) for a in (image[:, ::-1], probabilities[..., ::-1]))
+    assert (mirrored == refine_soft(*copies, SEGMENTER)).all()
+    assert (probabilities == before).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_soft_of_one_label_is_that_label():
+    image, _ = noise()
+    found = refine_soft(image, np.ones((1, 20, 31), np.float32), SEGMENTER)
+    assert found.dtype == np.uint8 and found.shape == (20, 31) and not found.any()
+
+
+def test_soft_draws_blurred_probabilities_to_the_edges_of_the_image():
+    truth = np.zeros((40, 60), np.uint8)
+    truth[10:30, 15:45] = 1
+    image = np.where(truth[..., None] > 0, np.uint8([200, 30, 30]), np.uint8([30, 30, 200]))
+    object_ = np.full((40, 60), 0.4, np.float32)
+    object_[13:27, 18:42] = 0.7
+    planes = np.stack([0.95 - object_, object_, np.full_like(object_, 0.05)])
+    assert (planes.argmax(0) != truth).mean() > 0.1
+    assert (refine_soft(image, planes, SEGMENTER) != truth).mean() < 0.005

@@ -1,4 +1,6 @@
-"""CAMs over scales and flips against a plain version of the definition (spec 4)."""
+"""CAMs and probabilities over scales and flips against plain versions (spec 4 and 7)."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -6,8 +8,8 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from isim import engine
-from isim.models import cam
-from isim.models.inference import multi_scale_cam, normalize
+from isim.models import cam, segmenter
+from isim.models.inference import multi_scale_cam, multi_scale_probabilities, normalize, upsample
 
 SCALES = (1.0, 0.5, 1.5, 2.0)
 CONFIG = cam.CamConfig(
@@ -129,3 +131,130 @@ def test_normalize():
     images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
     found = normalize(images, (0.0, 0.5, 0.1), (1.0, 0.25, 0.5))
     assert found.flatten().tolist() == pytest.approx([0, 2, 0.2])
+
+
+@pytest.mark.parametrize("size", [(48, 64), (47, 33), (1, 5)])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_upsampling_covers_the_padded_image(size, stride):
+    """Against the definition: the whole padded image, of which the padding is cut off."""
+    rows, columns = (-(-side // stride) for side in size)
+    logits = torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(1))
+    padded = F.interpolate(logits, (rows * stride, columns * stride), mode="bilinear")
+    found = upsample(logits, stride, size)
+    torch.testing.assert_close(found, padded[..., : size[0], : size[1]])
+    assert upsample(logits.bfloat16(), stride, size).dtype == torch.float32
+
+
+def test_upsampling_to_another_size_keeps_the_places():
+    """A ramp over the padded image, sampled at the centres of the target's pixels."""
+    ramp = (torch.arange(20.0) * 8 + 3.5).expand(1, 1, 2, 20)  # x of the map's pixels
+    for width, target in ((157, 300), (153, 80), (160, 91)):
+        found = upsample(ramp, 8, (16, width), (9, target))
+        x = (torch.arange(target) + 0.5) * width / target - 0.5
+        expected = x.clamp(3.5, 155.5).expand(1, 1, 9, target)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_upsampling_never_loses_the_last_row():
+    for side in range(1, 700, 13):
+        for stride in (8, 16):
+            logits = torch.zeros(1, 1, -(-side // stride), 1)
+            for target in (side, round(side / 1.75) or 1, round(side / 0.75)):
+                found = upsample(logits, stride, (side, 3), (target, 3))
+                assert found.shape == (1, 1, target, 3)
+
+
+SEGMENTER = segmenter.SegmenterConfig(
+    method="deeplabv2",
+    encoder="resnet18",
+    output_stride=16,
+    encoder_norm="batch",
+    decoder_channels=16,
+    classes=("a", "b", "c"),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+@pytest.fixture(scope="module")
+def segmenting():
+    torch.manual_seed(0)
+    built = segmenter.build(SEGMENTER)
+    # Far from a uniform softmax, where all views would agree.
+    for branch in built.head.branches:
+        torch.nn.init.normal_(branch.weight, std=0.1)
+    return built.eval()
+
+
+def plain_probabilities(network, image, scales, flip):
+    """One view at a time; padded, upsampled and cut as the definition says, then resized."""
+    height, width = image.shape[1:]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (SEGMENTER.mean, SEGMENTER.std))
+    maps = []
+    for scale in scales:
+        size = [round(height * scale), round(width * scale)]
+        scaled = TF.resize(image, size, antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            view = ((scaled.flip(-1) if mirrored else scaled) / 255 - mean) / std
+            padded = torch.zeros(1, 3, *(-(-side // 16) * 16 for side in size))
+            padded[0, :, : size[0], : size[1]] = view
+            logits = network.head(network.encoder(padded)[-1])
+            # Bilinear at the pixel centres of the image, in the coordinates of the padded one.
+            y = (torch.arange(height) + 0.5) / height * size[0] / padded.shape[2] * 2 - 1
+            x = (torch.arange(width) + 0.5) / width * size[1] / padded.shape[3] * 2 - 1
+            grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None]
+            pixels = F.grid_sample(logits, grid, padding_mode="border", align_corners=False)
+            probabilities = pixels[0].softmax(0)
+            maps.append(probabilities.flip(-1) if mirrored else probabilities)
+    return torch.stack(maps).mean(0)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 0.75, 1.75)])
+def test_probabilities_equal_one_view_at_a_time(segmenting, scales, flip):
+    with torch.no_grad():
+        expected = plain_probabilities(segmenting, picture(), scales, flip)
+    found = multi_scale_probabilities(segmenting, SEGMENTER, picture(), scales, flip)
+    assert found.dtype == torch.float32 and found.shape == (4, 80, 113)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.sum(0), torch.ones(80, 113))
+
+
+def test_probabilities_of_the_mirror_image_are_mirrored(segmenting):
+    def of(image, flip):
+        return multi_scale_probabilities(segmenting, SEGMENTER, image, (0.5, 1.0), flip)
+
+    there, back = of(picture(), True), of(picture().flip(-1), True).flip(-1)
+    torch.testing.assert_close(back, there, rtol=0, atol=2e-3)
+    one_sided = of(picture(), False) - of(picture().flip(-1), False).flip(-1)
+    assert one_sided.abs().max() > 0.02, "without flips they are not"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300)])
+def test_tiny_and_narrow_images_have_probabilities_too(segmenting, size):
+    found = multi_scale_probabilities(segmenting, SEGMENTER, picture(*size), (0.5, 1.0), True)
+    torch.testing.assert_close(found.sum(0), torch.ones(size))
+
+
+def test_each_scale_is_one_channels_last_batch():
+    """Logits that are the image itself at stride 1: only the resizing is left to see."""
+    seen = []
+
+    @dataclass
+    class Config:
+        output_stride = 1
+        classes = ("a", "b")
+        mean = (0.0, 0.0, 0.0)
+        std = (1.0, 1.0, 1.0)
+
+    class Same(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return images
+
+    found = multi_scale_probabilities(Same(), Config(), picture(), (1.0, 0.5), True)
+    assert [view.shape for view in seen] == [(2, 3, 80, 113), (2, 3, 40, 56)]
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in seen)
+    assert all(torch.equal(view[1], view[0].flip(-1)) for view in seen)
+    torch.testing.assert_close(found, (picture() / 255).softmax(0), rtol=0, atol=0.05)

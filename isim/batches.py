@@ -1,0 +1,147 @@
+"""Batches of crops with the rates of their steps: what all training loops have in common."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from isim import engine
+from isim.data.dataset import CropDataset, epoch_order
+from isim.errors import UserError
+
+
+class Schedule(Protocol):
+    """What the epochs of every section have in common."""
+
+    @property
+    def batch(self) -> int:
+        """Images of a batch."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in all."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order, the augmentation and the dropout."""
+
+
+def steps_per_epoch(count: int, batch: int) -> int:
+    """Full batches in an epoch; at least one, smaller if the split is."""
+    return max(1, count // batch)
+
+
+class CropBatches:
+    """Batches of crops, epoch after epoch, from the same loader processes.
+
+    They are forked when the first epoch starts, before training fills the memory: processes
+    forked later would keep a copy of every page that training then changes.
+
+    Args:
+        dataset: The crops.
+        params: Batch size and seed.
+        device: Where the batches go.
+    """
+
+    def __init__(self, dataset: CropDataset, params: Schedule, device: torch.device) -> None:
+        """Describe the batches; no process is started yet."""
+        self.dataset = dataset
+        self._params = params
+        self._device = device
+        workers = engine.worker_count()
+        self._order: list[int] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_size=min(params.batch, len(dataset)),
+            sampler=self._order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # Its own: only the first epoch would draw from the default one, so that a resumed
+            # run's dropout would differ.
+            generator=torch.Generator(),
+            pin_memory=device.type == "cuda",
+        )
+
+    def epoch(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of an epoch on the device; the last, incomplete one is dropped.
+
+        A batch of one image could not be normalised by its own statistics; the images left
+        out differ every epoch.
+
+        Raises:
+            UserError: An unreadable image or label, or a loader process that died.
+        """
+        self.dataset.set_epoch(epoch)
+        count = steps_per_epoch(len(self.dataset), self._params.batch) * self._params.batch
+        self._order[:] = epoch_order(len(self.dataset), self._params.seed, epoch)[:count].tolist()
+        try:
+            for batch in self._loader:
+                yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+        except UserError as error:
+            # A loader process sends its whole traceback as the message: keep the last line.
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                "a data loader process died (out of memory?); run the same command again with a "
+                f"smaller ISIM_WORKERS than {engine.worker_count()}: finished epochs are kept"
+            ) from error
+
+
+def step_batches(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    crops: CropBatches,
+    params: Schedule,
+    epoch: int,
+    horizon: int,
+    power: float,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of an epoch, images channels-last, each with the rates of its step set.
+
+    Seeds what is drawn while it runs and puts the network into training mode.
+
+    Args:
+        network: What is trained.
+        optimizer: Its rates follow the poly schedule.
+        crops: The batches.
+        params: Seed, batch size and number of epochs.
+        epoch: 1-based.
+        horizon: Steps of the schedule.
+        power: Of the schedule.
+
+    Raises:
+        UserError: As `CropBatches.epoch`.
+    """
+    engine.seed_all(params.seed, epoch)
+    network.train()
+    steps = steps_per_epoch(len(crops.dataset), params.batch)
+    title = f"epoch {epoch}/{params.epochs}"
+    batches = tqdm(crops.epoch(epoch), total=steps, desc=title, disable=None, leave=False)
+    for index, batch in enumerate(batches):
+        step = (epoch - 1) * steps + index
+        engine.set_rates(optimizer, engine.poly_factor(step, horizon, power))
+        yield batch | {"image": batch["image"].contiguous(memory_format=torch.channels_last)}
+
+
+def require_finite(loss: torch.Tensor, place: str, momentum: float, rates: str) -> None:
+    """Stop at a loss that is not finite.
+
+    Args:
+        loss: A scalar.
+        place: Epoch and step, for the message.
+        momentum: The optimizer's, for the message.
+        rates: Names of the parameters to lower, for the message.
+
+    Raises:
+        UserError: It is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss.item()} at {place}: the rates are likely too high for momentum "
+            f"{momentum}; lower {rates} (or try precision: fp32)"
+        )
