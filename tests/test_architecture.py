@@ -21,7 +21,7 @@ STAGES = list(PIPELINE["stages"])
 # a package where ALLOWED_INSIDE says so.
 LEVELS = [
     {"isim.errors"},
-    {"isim.atomic"},
+    {"isim.atomic", "isim.pairs"},
     {"isim.params"},
     {
         "isim.engine",
