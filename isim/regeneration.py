@@ -100,23 +100,28 @@ def cams(
     settings: CamSettings,
     device: torch.device,
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (K', H, W) CAMs on `device`, images decoded ahead.
+    """Yield each item with its (K', H, W) CAMs on `device`, in the order of `images`."""
+    network.eval()
+    for item, pixels in images(items, device):
+        ids = torch.from_numpy(class_ids(item)).to(device)
+        with engine.autocast(settings.precision, device):
+            cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
+        yield item, cam
+
+
+def images(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Item, Tensor]]:
+    """Yield each item with its (3, H, W) uint8 pixels on `device`, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
     """
-    network.eval()
     items = sorted(items, key=lambda item: _size_order(item.image))
     with ThreadPoolExecutor(2) as pool:
         stream = ahead(pool, lambda item: files.read_image(item.image), items, 4)
         for number, (item, image) in enumerate(stream):
             if number % TRIM_EVERY == 0:
                 engine.trim_freed_memory()
-            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
-            ids = torch.from_numpy(class_ids(item)).to(device)
-            with engine.autocast(settings.precision, device):
-                cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
-            yield item, cam
+            yield item, torch.from_numpy(image).to(device).permute(2, 0, 1)
 
 
 def _size_order(image: Path) -> tuple[int, int]:
@@ -221,25 +226,34 @@ def _sweep_counts(
 
 
 def refine_all(tasks: Iterable[RefineTask]) -> Iterator[RefineResult]:
-    """Run `refine_image` over a stream in `engine.worker_count()` processes (0: in this one).
+    """Run `refine_image` over a stream as `in_workers` does."""
+    return in_workers(refine_image, tasks)
+
+
+def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
+    """Run a function over a stream in `engine.worker_count()` processes (0: in this one).
 
     Results come in the order of the tasks; twice as many tasks as workers are in flight.
+
+    Args:
+        function: Of a module that imports no torch, which every worker would load.
+        tasks: What to call it with; sent to the workers.
 
     Raises:
         UserError: From a task, or when a worker died.
     """
     workers = engine.worker_count()
     if workers == 0:
-        yield from map(refine_image, tasks)
+        yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        for _, result in ahead(pool, refine_image, tasks, 2 * workers):
+        for _, result in ahead(pool, function, tasks, 2 * workers):
             yield result
     except BrokenProcessPool as error:
         raise UserError(
-            "a dCRF worker process died (out of memory?); run the same command again with a "
+            "a worker process died (out of memory?); run the same command again with a "
             f"smaller ISIM_WORKERS than {workers}: finished images are kept"
         ) from error
     finally:

@@ -61,8 +61,9 @@ def picture_strip(
     cam: np.ndarray,
     label: np.ndarray,
     columns: int = 4,
+    caption: str = "pseudo-label",
 ) -> np.ndarray:
-    """Image, ground truth, CAM and pseudo-label side by side, with captions.
+    """Image, ground truth, CAM and label map side by side, with captions.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -70,6 +71,7 @@ def picture_strip(
         cam: (h, w) float in [0, 1], the maximum over the labelled classes.
         label: (H, W) uint8.
         columns: Pictures a row. 2 for MLflow, which shows thumbnails of at most 256 pixels.
+        caption: Of the label map.
 
     Returns:
         (H', W', 3) uint8 RGB; the same size whether or not there is a truth.
@@ -79,7 +81,7 @@ def picture_strip(
         (image, PHOTO, "image"),
         (shown, LABEL, "ground truth" if truth is not None else "no ground truth"),
         (cam_overlay(image, cam), PHOTO, "CAM"),
-        (colorize(label), LABEL, "pseudo-label"),
+        (colorize(label), LABEL, caption),
     ]
     width = min(max(image.shape[1], MIN_CELL), MAX_CELL)
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]

@@ -411,7 +411,7 @@ def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[flo
     return tuple(config.mean), tuple(config.std)
 
 
-def load_encoder_weights(network: CamNetwork, encoder: str, weights: str, path: Path) -> None:
+def load_encoder_weights(network: nn.Module, encoder: str, weights: str, path: Path) -> None:
     """Fill the encoder with ImageNet weights; the rest keeps its random start.
 
     Args:
@@ -427,7 +427,7 @@ def load_encoder_weights(network: CamNetwork, encoder: str, weights: str, path: 
     if weights == "none":
         return
     state = _imagenet_state(encoder) if weights == "imagenet" else _file_state(path)
-    model: nn.Module = network.encoder.get_submodule("model")
+    model = network.get_submodule("encoder.model")
     with torch.device("meta"):
         full = set(timm.create_model(encoder.split(".")[0]).state_dict())
     own = model.state_dict()
