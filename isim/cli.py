@@ -47,8 +47,20 @@ def export_cams() -> None:
 
 
 @app.command()
+def train_affinity() -> None:
+    """Stage 4: train AffinityNet on the CAMs; write models/train_affinity."""
+    _run("train_affinity")
+
+
+@app.command()
+def random_walk() -> None:
+    """Stage 5: walk the CAMs along the affinities; write data/random_walk."""
+    _run("random_walk")
+
+
+@app.command()
 def evaluate() -> None:
-    """Stage 4: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
+    """Stage 6: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
     _run("evaluate")
 
 

@@ -4,12 +4,14 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from isim.errors import UserError
 
 LINKS = """Where to look next
   reports/                  every figure: metrics.json, CSV tables, pictures
   data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
+  data/random_walk/         the label maps of the random walk
   dvc plots show            mIoU over the rounds, losses, classes: dvc_plots/index.html
   make ui                   every run in MLflow
   isim preset --list        other data sets and methods; then `dvc repro`"""
@@ -25,19 +27,24 @@ def table(root: Path) -> str:
         UserError: A report is missing or not what the stages write.
     """
     rounds_path = root / "reports/train_cam/rounds.csv"
+    walk_path = root / "reports/random_walk/metrics.json"
     final_path = root / "reports/evaluate/metrics.json"
     try:
         with rounds_path.open(newline="") as file:
             rounds = list(csv.DictReader(file))
         final = json.loads(final_path.read_text())
-        return "\n\n".join((_rounds(rounds), _final(final), LINKS))
+        # The stages of the CAMs alone make results, too.
+        walks = json.loads(walk_path.read_text()) if walk_path.exists() else {}
+        tables = [_rounds(rounds), _final(final), *([_walks(walks)] if walks else []), LINKS]
+        return "\n\n".join(tables)
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; run `dvc repro` first"
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{rounds_path} or {final_path} is damaged ({error}); run `dvc repro` again"
+            f"{rounds_path}, {walk_path} or {final_path} is damaged ({error}); run `dvc repro` "
+            "again"
         ) from error
 
 
@@ -67,6 +74,16 @@ def _final(metrics: dict[str, dict[str, float | None]]) -> str:
         cam, oracle, refined = (_percent(figures[column]) for column in columns)
         lines.append(f"{split:<12} {cam:>5}  {oracle:>19}  {refined:>9}")
     lines.append("(the best threshold is chosen on the masks: an upper bound, not a result)")
+    return "\n".join(lines)
+
+
+def _walks(metrics: dict[str, Any]) -> str:
+    lines = ["mIoU of the random walk, %", "split        walk  walk + CRF"]
+    for split, figures in metrics.items():
+        if isinstance(figures, dict):
+            # Without the dCRF there is no second figure.
+            walk, refined = _percent(figures["walk_miou"]), _percent(figures.get("walk_crf_miou"))
+            lines.append(f"{split:<12} {walk:>4}  {refined:>10}")
     return "\n".join(lines)
 
 

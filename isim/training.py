@@ -19,7 +19,7 @@ from isim.errors import UserError
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.inference import normalize
 from isim.models.losses import modified_cross_entropy
-from isim.params import TrainCam
+from isim.params import TrainAffinity, TrainCam
 from isim.regeneration import ahead
 
 
@@ -51,7 +51,9 @@ class CropBatches:
         device: Where the batches go.
     """
 
-    def __init__(self, dataset: CropDataset, params: TrainCam, device: torch.device) -> None:
+    def __init__(
+        self, dataset: CropDataset, params: TrainCam | TrainAffinity, device: torch.device
+    ) -> None:
         """Describe the batches; no process is started yet."""
         self.dataset = dataset
         self._params = params

@@ -19,9 +19,14 @@ import torch
 
 from isim import engine, params, tracking, training
 from isim.data import files
-from isim.stages import export_cams, train_cam
+from isim.stages import export_cams, random_walk, train_affinity, train_cam
 
-STAGES = {"train_cam": train_cam, "export_cams": export_cams}
+STAGES = {
+    "train_cam": train_cam,
+    "export_cams": export_cams,
+    "train_affinity": train_affinity,
+    "random_walk": random_walk,
+}
 remaining = 0
 
 
@@ -82,7 +87,7 @@ MOMENTS = {
         Path, "replace", lambda _, to: to.name.startswith("round_") and to.suffix == ".safetensors"
     ),
     "when a label map is renamed": lambda: before(
-        Path, "replace", lambda _, to: to.suffix == ".png" and to.parent.name.startswith("round_")
+        Path, "replace", lambda _, to: to.suffix == ".png" and "resume" in to.parts
     ),
     "after a folder was copied": lambda: after(shutil, "copytree"),
     "when the resume folder is removed": half_removed,
@@ -101,7 +106,8 @@ def no_tracking(*_):
 
 def count_work(pipe):
     """Send what was done through the pipe, which outlives the process."""
-    train, label, store = training.train_epoch, files.write_label_map, files.write_cam
+    train, train_affinities = training.train_epoch, train_affinity.train_epoch
+    label, store = files.write_label_map, files.write_cam
 
     def train_epoch(*arguments):
         row = train(*arguments)
@@ -117,7 +123,13 @@ def count_work(pipe):
         if path.parent.name in ("train", "val"):
             os.write(pipe, b"image\n")
 
+    def train_affinity_epoch(*arguments):
+        row = train_affinities(*arguments)
+        os.write(pipe, f"{arguments[4]}\n".encode())
+        return row
+
     training.train_epoch = train_epoch
+    train_affinity.train_epoch = train_affinity_epoch
     files.write_label_map = write_label_map
     files.write_cam = write_cam
 

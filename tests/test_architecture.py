@@ -37,6 +37,7 @@ LEVELS = [
         "isim.results",
     },
     {"isim.workers", "isim.pictures"},
+    {"isim.affinity_workers", "isim.walk_workers"},
     {"isim.regeneration"},
     {"isim.training"},
     {"isim.stages"},
@@ -194,7 +195,8 @@ def test_labels_and_metrics_know_no_paths_devices_or_logging():
 
 
 def test_workers_do_not_load_torch():
-    reached = {library for name in closure("isim.workers") for library in outside(name)}
+    entries = ("isim.workers", "isim.affinity_workers", "isim.walk_workers")
+    reached = {library for e in entries for name in closure(e) for library in outside(name)}
     assert not {"torch", "torchvision", "timm", "segmentation_models_pytorch"} & reached
 
 

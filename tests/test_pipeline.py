@@ -122,13 +122,13 @@ def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(pro
     lock = (project / "dvc.lock").read_text()
 
     done = run(project, "dvc", "exp", "run", "--name", "other-seed", "-S", "train_cam.seed=1")
-    assert stages_run(done) == ["train_cam", "export_cams", "evaluate"]
+    assert stages_run(done) == STAGES[1:]
     assert (project / "dvc.lock").read_text() != lock
 
     run(project, "isim", "preset", "tiny")
     back = run(project, "dvc", "repro")
     assert stages_run(back) == []
-    assert back.count("is cached - skipping run") == 3
+    assert back.count("is cached - skipping run") == len(STAGES) - 1
     assert (project / "dvc.lock").read_text() == lock
     assert run(project, "git", "status", "--porcelain") == "", "figures are the first run's again"
 
@@ -160,7 +160,7 @@ def check_tracking(project):
         if child.info.run_id not in parents:
             parent = parents[child.data.tags["mlflow.parentRunId"]]
             children.setdefault(parent.info.run_name, []).append(child.data.tags["stage"])
-    assert sorted(children.pop("other-seed")) == ["evaluate", "export_cams", "train_cam"]
+    assert sorted(children.pop("other-seed")) == sorted(STAGES[1:])
     assert children.pop("in-a-copy") == ["evaluate"]
     (first,) = children.values()
     assert sorted(first) == sorted(STAGES)
