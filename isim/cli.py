@@ -47,10 +47,22 @@ def export_cams() -> None:
 
 
 @app.command()
+def train_affinity() -> None:
+    """Stage 4: train AffinityNet on the CAMs; write models/train_affinity."""
+    _run("train_affinity")
+
+
+@app.command()
+def random_walk() -> None:
+    """Stage 5: walk the CAMs along the affinities; write data/random_walk."""
+    _run("random_walk")
+
+
+@app.command()
 def train_segmenter(
     labels: Annotated[str, typer.Argument(help="One of the label_sets in params.yaml.")],
 ) -> None:
-    """Stage 4: train a segmenter on a label set; write data/predictions."""
+    """Stage 6: train a segmenter on a label set; write data/predictions."""
     from isim.params import load
 
     known = [entry.name for entry in load(Path("params.yaml")).label_sets]
@@ -63,7 +75,7 @@ def train_segmenter(
 
 @app.command()
 def evaluate() -> None:
-    """Stage 5: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
+    """Stage 7: score CAMs and pseudo-labels against the masks; write reports/evaluate."""
     _run("evaluate")
 
 

@@ -260,6 +260,65 @@ class ExportCams(Section):
     precision: Precision
 
 
+class TrainAffinity(Section):
+    """AffinityNet (paper 4.1.6; spec 6).
+
+    Its labels are what the dCRF results of the split's CAMs against the two background planes
+    agree on. `stride` is that of its map, in whose pixels `radius` is; `output_stride` that of
+    its encoder. The layers after the encoder learn at `head_factor` times `rate`.
+    """
+
+    split: str
+    seed: NonNegative
+    encoder: str
+    weights: str
+    output_stride: Literal[8, 16, 32]
+    input_norm: Literal["encoder", "unit"]
+    stride: Literal[4, 8]
+    radius: Annotated[int, Field(ge=2, le=10)]
+    foreground_threshold: Fraction
+    background_threshold: Fraction
+    crf: Crf
+    crop: Annotated[int, Field(ge=32)]
+    batch: Positive
+    epochs: Positive
+    rate: Rate
+    head_factor: Rate
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Rate
+    poly_power: Annotated[float, Field(ge=0)]
+    precision: Precision
+    pictures: NonNegative
+
+    @model_validator(mode="after")
+    def _planes_leave_a_doubt(self) -> Self:
+        if self.foreground_threshold <= self.background_threshold:
+            raise ValueError(
+                f"foreground_threshold ({self.foreground_threshold}) must be above "
+                f"background_threshold ({self.background_threshold}): between them neither is sure"
+            )
+        return self
+
+
+class RandomWalk(Section):
+    """Random walk of the CAMs along affinities (paper 4.1.6; spec 6).
+
+    2^`steps_log2` steps with affinity^`beta`. The background is a plane that is walked, too,
+    (1 - max CAM)^`alpha` (`power`), or the constant `threshold` (`constant`).
+    """
+
+    splits: Annotated[tuple[str, ...], Field(min_length=1)]
+    beta: Positive
+    steps_log2: Annotated[int, Field(ge=0, le=12)]
+    background: Literal["power", "constant"]
+    alpha: Positive
+    threshold: Fraction
+    crf_after: bool
+    crf: Crf
+    precision: Precision
+    pictures: NonNegative
+
+
 class Evaluate(Section):
     """Scores of CAMs, of CAM + dCRF and of every round's snapshot (spec 8)."""
 
@@ -328,6 +387,8 @@ class Params(Section):
     prepare: Prepare
     train_cam: TrainCam
     export_cams: ExportCams
+    train_affinity: TrainAffinity
+    random_walk: RandomWalk
     train_segmenter: TrainSegmenter
     evaluate: Evaluate
     label_sets: tuple[LabelSet, ...]

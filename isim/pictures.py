@@ -17,7 +17,9 @@ def choose(items: Sequence[Item], count: int) -> list[Item]:
     return [pool[place] for place in places]
 
 
-def strip(item: Item, cam: Path, label: Path, columns: int) -> np.ndarray:
+def strip(
+    item: Item, cam: Path, label: Path, columns: int, caption: str = "pseudo-label"
+) -> np.ndarray:
     """Image, ground truth, CAM and label map side by side.
 
     Args:
@@ -25,6 +27,7 @@ def strip(item: Item, cam: Path, label: Path, columns: int) -> np.ndarray:
         cam: CAM file of `files.write_cam`, at any stride.
         label: Label map, PNG.
         columns: Cells a row: 4 for a strip, 2 for a square.
+        caption: Of the label map.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -39,6 +42,7 @@ def strip(item: Item, cam: Path, label: Path, columns: int) -> np.ndarray:
         planes.max(0, initial=0.0),
         files.read_label_map(label),
         columns,
+        caption,
     )
 
 

@@ -106,8 +106,7 @@ def predict(
             leftover.unlink()
 
     def tasks(missing: Sequence[Item]) -> Iterator[PredictionTask]:
-        for item, image in images(missing):
-            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
+        for item, pixels in images(missing, device):
             with engine.autocast(settings.precision, device):
                 probabilities = multi_scale_probabilities(
                     network, config, pixels, settings.scales, settings.flip

@@ -103,16 +103,15 @@ def cams(
 ) -> Iterator[tuple[Item, Tensor]]:
     """Yield each item with its (K', H, W) CAMs on `device`, in the order of `images`."""
     network.eval()
-    for item, image in images(items):
-        pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)  # (3, H, W)
+    for item, pixels in images(items, device):
         ids = torch.from_numpy(class_ids(item)).to(device)
         with engine.autocast(settings.precision, device):
             cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
         yield item, cam
 
 
-def images(items: Sequence[Item]) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
-    """Yield each item with its (H, W, 3) image, decoded ahead.
+def images(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Item, Tensor]]:
+    """Yield each item with its (3, H, W) uint8 pixels on `device`, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
@@ -126,7 +125,7 @@ def images(items: Sequence[Item]) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
         for number, (item, image) in enumerate(stream):
             if number % TRIM_EVERY == 0:
                 engine.trim_freed_memory()
-            yield item, image
+            yield item, torch.from_numpy(image).to(device).permute(2, 0, 1)
 
 
 def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -250,6 +249,10 @@ def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
     In as many processes, or in this one when the count is 0. Results come in the order of the
     tasks; twice as many tasks as workers are in flight.
 
+    Args:
+        function: Of a module that imports no torch, which every worker would load.
+        tasks: What to call it with; sent to the workers.
+
     Raises:
         UserError: From a task, or when a worker died.
     """
@@ -264,7 +267,7 @@ def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
             yield result
     except BrokenProcessPool as error:
         raise UserError(
-            "a dCRF worker process died (out of memory?); run the same command again with a "
+            "a worker process died (out of memory?); run the same command again with a "
             f"smaller ISIM_WORKERS than {workers}: finished images are kept"
         ) from error
     finally:

@@ -12,6 +12,7 @@ from isim.params import load
 LINKS = """Where to look next
   reports/                  every figure: metrics.json, CSV tables, pictures
   data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
+  data/random_walk/         the label maps of the random walk
   data/predictions/         what the segmenters make of the images
   dvc plots show            mIoU over the rounds, losses, classes: dvc_plots/index.html
   make ui                   every run in MLflow
@@ -31,14 +32,19 @@ def table(root: Path) -> str:
     # Not the folders that are there: those of a label set that was taken from the list stay.
     names = [labels.name for labels in load(root / "params.yaml").label_sets]
     rounds_path = root / "reports/train_cam/rounds.csv"
+    walk_path = root / "reports/random_walk/metrics.json"
     final_path = root / "reports/evaluate/metrics.json"
     try:
         with rounds_path.open(newline="") as file:
             rounds = list(csv.DictReader(file))
         final = json.loads(final_path.read_text())
+        # The stages of the CAMs alone make results, too.
+        walks = json.loads(walk_path.read_text()) if walk_path.exists() else {}
         paths = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
         trained = [json.loads(path.read_text()) for path in paths if path.exists()]
         parts = [_rounds(rounds), _final(final)]
+        if walks:
+            parts.append(_walks(walks))
         if trained:
             parts.append(_segmenters(trained))
         return "\n\n".join((*parts, LINKS))
@@ -48,8 +54,8 @@ def table(root: Path) -> str:
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{rounds_path}, {final_path} or a metrics.json of reports/train_segmenter is damaged "
-            f"({error}); run `dvc repro` again"
+            f"{rounds_path}, {walk_path}, {final_path} or a metrics.json of "
+            f"reports/train_segmenter is damaged ({error}); run `dvc repro` again"
         ) from error
 
 
@@ -91,6 +97,16 @@ def _segmenters(reports: list[dict[str, Any]]) -> str:
         for split, figures in report["splits"].items():
             plain, refined = _percent(figures["miou"]), _percent(figures.get("crf_miou"))
             lines.append(f"{report['label_set']:<12}  {split:<9} {plain:>5}  {refined:>9}")
+    return "\n".join(lines)
+
+
+def _walks(metrics: dict[str, Any]) -> str:
+    lines = ["mIoU of the random walk, %", "split        walk  walk + CRF"]
+    for split, figures in metrics.items():
+        if isinstance(figures, dict):
+            # Without the dCRF there is no second figure.
+            walk, refined = _percent(figures["walk_miou"]), _percent(figures.get("walk_crf_miou"))
+            lines.append(f"{split:<12} {walk:>4}  {refined:>10}")
     return "\n".join(lines)
 
 

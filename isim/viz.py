@@ -61,8 +61,9 @@ def picture_strip(
     cam: np.ndarray,
     label: np.ndarray,
     columns: int = 4,
+    caption: str = "pseudo-label",
 ) -> np.ndarray:
-    """Image, ground truth, CAM and pseudo-label side by side, with captions.
+    """Image, ground truth, CAM and label map side by side, with captions.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -70,6 +71,7 @@ def picture_strip(
         cam: (h, w) float in [0, 1], the maximum over the labelled classes.
         label: (H, W) uint8.
         columns: Pictures a row. 2 for MLflow, which shows thumbnails of at most 256 pixels.
+        caption: Of the label map.
 
     Returns:
         (H', W', 3) uint8 RGB; the same size whether or not there is a truth.

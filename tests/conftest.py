@@ -121,7 +121,7 @@ def prepared_project(tmp_path_factory):
 def finished_project(prepared_project, tmp_path_factory):
     """A project of preset `tiny` with all but the segmenters; never change it, copy it."""
     from isim import engine
-    from isim.stages import evaluate, export_cams, train_cam
+    from isim.stages import evaluate, export_cams, random_walk, train_affinity, train_cam
 
     root = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(prepared_project, root)
@@ -129,8 +129,25 @@ def finished_project(prepared_project, tmp_path_factory):
         _record(monkeypatch)
         train_cam.run(TINY.train_cam, root)
         export_cams.run(TINY.export_cams, root)
+        train_affinity.run(TINY.train_affinity, root)
+        random_walk.run(TINY.random_walk, root)
         evaluate.run(TINY.evaluate, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def put_true_cams():
+    """A function that puts the masks of `train` in the place of a project's CAMs."""
+    from isim.data import dataset, files
+    from isim.regeneration import class_ids
+
+    def put(root):
+        for item in dataset.load_prepared(root / "data/prepared", None).split("train"):
+            ids, truth = class_ids(item), files.read_label_map(item.mask)
+            planes = np.float32(truth[::4, ::4] == ids[:, None, None])
+            files.write_cam(root / f"data/cams/train/{item.id}.npz", planes, ids, truth.shape)
+
+    return put
 
 
 @pytest.fixture

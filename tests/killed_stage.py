@@ -20,12 +20,14 @@ import torch
 
 from isim import engine, params, segmenter_training, tracking, training
 from isim.data import files
-from isim.stages import export_cams, train_cam, train_segmenter
+from isim.stages import export_cams, random_walk, train_affinity, train_cam, train_segmenter
 
 STAGES = {
     "train_cam": train_cam,
     "export_cams": export_cams,
     "train_segmenter": train_segmenter,
+    "train_affinity": train_affinity,
+    "random_walk": random_walk,
 }
 remaining = 0
 
@@ -87,7 +89,7 @@ MOMENTS = {
         Path, "replace", lambda _, to: to.name.startswith("round_") and to.suffix == ".safetensors"
     ),
     "when a label map is renamed": lambda: before(
-        Path, "replace", lambda _, to: to.suffix == ".png" and to.parent.name.startswith("round_")
+        Path, "replace", lambda _, to: to.suffix == ".png" and "resume" in to.parts
     ),
     "when a refined prediction is renamed": lambda: before(
         Path, "replace", lambda _, to: to.suffix == ".png" and to.parent.name == "val_crf"
@@ -128,7 +130,7 @@ def count_work(pipe):
         if path.parent.name in ("train", "val"):
             os.write(pipe, b"image\n")
 
-    for module in (training, segmenter_training):
+    for module in (training, segmenter_training, train_affinity):
         module.train_epoch = counting(module.train_epoch)
     files.write_label_map = write_label_map
     files.write_cam = write_cam

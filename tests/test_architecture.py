@@ -21,7 +21,7 @@ STAGES = list(PIPELINE["stages"])
 # a package where ALLOWED_INSIDE says so.
 LEVELS = [
     {"isim.errors"},
-    {"isim.atomic"},
+    {"isim.atomic", "isim.pairs"},
     {"isim.params"},
     {
         "isim.engine",
@@ -37,6 +37,7 @@ LEVELS = [
         "isim.results",
     },
     {"isim.workers", "isim.pictures", "isim.batches"},
+    {"isim.affinity_workers", "isim.walk_workers"},
     {"isim.regeneration"},
     {"isim.training", "isim.segmenter_training", "isim.prediction"},
     {"isim.stages"},
@@ -196,7 +197,8 @@ def test_labels_and_metrics_know_no_paths_devices_or_logging():
 
 
 def test_workers_do_not_load_torch():
-    reached = {library for name in closure("isim.workers") for library in outside(name)}
+    entries = ("isim.workers", "isim.affinity_workers", "isim.walk_workers")
+    reached = {library for e in entries for name in closure(e) for library in outside(name)}
     assert not {"torch", "torchvision", "timm", "segmentation_models_pytorch"} & reached
 
 

@@ -43,15 +43,8 @@ def run_main(monkeypatch, capsys, *arguments):
 def test_help_names_every_command():
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
-    for name in (
-        "prepare",
-        "train-cam",
-        "export-cams",
-        "train-segmenter",
-        "evaluate",
-        "preset",
-        "results",
-    ):
+    stages = ("prepare", "train-cam", "export-cams", "train-affinity", "random-walk")
+    for name in (*stages, "train-segmenter", "evaluate", "preset", "results"):
         assert f"  {name} " in answer.stdout
 
 
@@ -273,6 +266,23 @@ def test_results_are_in_percent(project, monkeypatch, capsys):
     assert ["train", "50.0", "62.5", "-"] in rows
     assert "round_01" not in out
     assert "make ui" in out
+
+
+def test_results_show_the_random_walk_where_there_is_one(project, monkeypatch, capsys):
+    write_reports(project, HEADER, "{}")
+    assert "random walk, %" not in run_main(monkeypatch, capsys, "results")[1]
+    path = project / "reports/random_walk/metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        '{"precision": "fp32", "map_stride": 8, "val": {"walk_miou": null},'
+        ' "train": {"walk_miou": 0.7425, "walk_crf_miou": 0.7483}}'
+    )
+    code, out, _ = run_main(monkeypatch, capsys, "results")
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0 and ["train", "74.2", "74.8"] in rows and ["val", "-", "-"] in rows
+    path.write_text('{"train": {"images": 4}}')
+    code, _, err = run_main(monkeypatch, capsys, "results")
+    assert code == 2 and "random_walk" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_the_paper_presets_hold_the_values_of_section_4_1(method):
     assert set(train.scales) == {1.0, 0.5, 1.5, 2.0} and train.flip
     assert (train.optimizer.profile, train.split) == ("paper", "trainaug")
     assert values.prepare.download and values.prepare.sbd
+    affinity, walk = values.train_affinity, values.random_walk
+    assert (affinity.foreground_threshold, affinity.background_threshold) == (0.3, 0.1)
+    assert (affinity.crop, affinity.batch, affinity.epochs) == (512, 16, 3)
+    assert (affinity.rate, affinity.head_factor, affinity.weight_decay) == (0.1, 10, 5e-4)
+    assert (affinity.stride, affinity.radius, affinity.weights) == (8, 5, "imagenet")
+    assert (walk.beta, walk.steps_log2, walk.alpha) == (8, 8, 16)
+    assert set(walk.splits) <= set(values.export_cams.splits)
+    assert affinity.split in values.export_cams.splits
 
 
 @pytest.mark.parametrize("method", [*params.METHODS, "smp:FPN"])
@@ -94,6 +102,12 @@ def test_every_method_is_accepted(method, tree):
         ("train_cam", {"epochs": "many"}, "'many'"),
         ("evaluate", {"sweep_start": 0.9, "sweep_stop": 0.1}, "sweep_start"),
         ("export_cams", {"stride": 3}, "export_cams.stride"),
+        ("train_affinity", {"stride": 16}, "train_affinity.stride"),
+        ("train_affinity", {"radius": 1}, "train_affinity.radius"),
+        ("train_affinity", {"background_threshold": 0.3}, "foreground_threshold"),
+        ("random_walk", {"background": "linear"}, "random_walk.background"),
+        ("random_walk", {"steps_log2": 40}, "random_walk.steps_log2"),
+        ("random_walk", {"splits": []}, "random_walk.splits"),
         ("prepare", {"colour": 1}, "prepare.colour"),
         ("train_segmenter", {"scale_min": 1.2, "scale_max": 0.8}, "scale_min (1.2)"),
         ("train_segmenter", {"eval_splits": ["val", "val"]}, "eval_splits"),

@@ -16,6 +16,8 @@ SEGMENTERS = [f"train_segmenter@labels{place}" for place in range(len(TINY["labe
 STAGES = [
     stage for name in PIPELINE for stage in (SEGMENTERS if name == "train_segmenter" else [name])
 ]
+# The segmenter of the ground truth does not depend on the training.
+AFTER_TRAINING = [stage for stage in STAGES[1:] if stage != "train_segmenter@labels1"]
 
 
 def run(folder, *command):
@@ -128,15 +130,13 @@ def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(pro
     lock = (project / "dvc.lock").read_text()
 
     done = run(project, "dvc", "exp", "run", "--name", "other-seed", "-S", "train_cam.seed=1")
-    # The segmenter of the ground truth does not depend on the training.
-    again = ["train_cam", "export_cams", "train_segmenter@labels0", "evaluate"]
-    assert stages_run(done) == again
+    assert stages_run(done) == AFTER_TRAINING
     assert (project / "dvc.lock").read_text() != lock
 
     run(project, "isim", "preset", "tiny")
     back = run(project, "dvc", "repro")
     assert stages_run(back) == []
-    assert back.count("is cached - skipping run") == len(again)
+    assert back.count("is cached - skipping run") == len(AFTER_TRAINING)
     assert (project / "dvc.lock").read_text() == lock
     assert run(project, "git", "status", "--porcelain") == "", "figures are the first run's again"
 
@@ -168,8 +168,9 @@ def check_tracking(project):
         if child.info.run_id not in parents:
             parent = parents[child.data.tags["mlflow.parentRunId"]]
             children.setdefault(parent.info.run_name, []).append(child.data.tags["stage"])
-    ours = ["evaluate", "export_cams", "train_cam", "train_segmenter"]
-    assert sorted(children.pop("other-seed")) == ours
+    assert sorted(children.pop("other-seed")) == sorted(
+        name.split("@")[0] for name in AFTER_TRAINING
+    )
     assert children.pop("in-a-copy") == ["evaluate"]
     (first,) = children.values()
     assert sorted(first) == sorted(stage.split("@")[0] for stage in STAGES)

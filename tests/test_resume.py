@@ -40,15 +40,19 @@ def without_times(path):
 
 
 def outs(root):
-    """Every out and report of the trainings and the export, by path."""
+    """Every out and report of the stages that can be resumed, by path."""
     folders = (
         "models",
         "data/pseudo_labels",
         "data/cams",
+        "data/affinity_labels",
+        "data/random_walk",
         "reports/train_cam",
         "reports/export_cams",
         "data/predictions",
         "reports/train_segmenter",
+        "reports/train_affinity",
+        "reports/random_walk",
     )
     return {
         str(path.relative_to(root)): without_times(path)
@@ -207,6 +211,56 @@ def test_a_segmenter_that_is_killed_again_and_again_ends_bit_equal(unbroken, cop
     assert (other["epochs"], ceiling["epochs"]) == ([1], [1, 2])
     (rest,) = lives(root, UNBROKEN, **options, seed=1)
     assert rest["epochs"] == [2]
+
+
+@pytest.fixture(scope="module")
+def affine(unbroken, copies, lives):
+    """A project with CAMs, and one whose AffinityNet and random walk nothing has interrupted."""
+    exported = copies()
+    shutil.copytree(unbroken / "models", exported / "models")
+    lives(exported, UNBROKEN, stage="export_cams")
+    whole = exported.parent / "whole"
+    shutil.copytree(exported, whole)
+    (life,) = lives(whole, UNBROKEN, stage="train_affinity")
+    assert life == {"signal": ENDED, "epochs": [1, 2, 3], "images": 16}
+    (life,) = lives(whole, UNBROKEN, stage="random_walk")
+    assert life == {"signal": ENDED, "epochs": [], "images": 16 + 16}
+    return exported, whole
+
+
+def test_affinity_and_walk_that_are_killed_again_and_again_end_bit_equal(affine, lives):
+    exported, whole = affine
+    root = exported.parent / "broken"
+    shutil.copytree(exported, root)
+    found = lives(
+        root,
+        ("after a label map", 5),
+        ("when a label map is renamed", 4),  # with a part of a file lying about
+        ("before a step of the optimizer", 2),  # in the first epoch
+        ("before a step of the optimizer", 4),  # in the second
+        ("after a state was saved", 1),
+        ("after a folder was copied", 1),  # the network is published, the labels are not
+        UNBROKEN,
+        stage="train_affinity",
+    )
+    assert [life["signal"] for life in found] == [KILLED] * 6 + [ENDED]
+    # The image at which a process died may have to be done again.
+    assert [life["images"] for life in found] == [5, 3, 9, 0, 0, 0, 0]
+    assert [life["epochs"] for life in found] == [[], [], [], [1], [2], [3], []]
+    found = lives(
+        root,
+        ("after a label map", 5),  # a third image's, before it went through the dCRF
+        ("when a label map is renamed", 4),
+        ("after a folder was copied", 1),
+        UNBROKEN,
+        stage="random_walk",
+    )
+    assert [life["signal"] for life in found] == [KILLED] * 3 + [ENDED]
+    assert [life["images"] for life in found] == [5, 3, 26, 0]
+    assert_equal_outs(outs(root), outs(whole))
+    assert len(list((root / "data/random_walk").rglob("*.png"))) == 16 + 16
+    for stage in ("train_affinity", "random_walk"):
+        assert not (root / f".isim/resume/{stage}").exists()
 
 
 def isim(root, command):

@@ -171,6 +171,22 @@ def write_cam(path: Path, cam: np.ndarray, class_ids: np.ndarray, size: tuple[in
         )
 
 
+def require_cams(folder: Path) -> None:
+    """Check that the CAMs of a split are there; which ones is known when they are read.
+
+    Args:
+        folder: `data/cams/<split>`.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} does not exist; add {folder.name} to export_cams.splits and run "
+            "`isim export-cams`"
+        )
+
+
 def read_cam(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Read what `write_cam` wrote.
 
@@ -188,3 +204,28 @@ def read_cam(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "not a CAM file"
         raise UserError(f"CAM {path} is {reason}; run `isim export-cams` again") from error
+
+
+def read_cam_of(
+    path: Path, image: Path, class_ids: np.ndarray
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read CAMs that must be an image's: they may be of an earlier state of the data.
+
+    Args:
+        path: A file of `write_cam`.
+        image: Path of the image.
+        class_ids: (K',) labels 1..K of the image's classes, ascending.
+
+    Returns:
+        cam (K', h, w) float32, image size (H, W).
+
+    Raises:
+        UserError: As `read_cam`; or the image is unreadable, or has another size or classes.
+    """
+    planes, ids, size = read_cam(path)
+    if size != image_size(image) or not np.array_equal(ids, class_ids):
+        raise UserError(
+            f"CAM {path} is of another size or other classes than {image} now has; run "
+            "`isim export-cams` again"
+        )
+    return planes, size

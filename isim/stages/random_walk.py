@@ -1,0 +1,210 @@
+"""Walk the CAMs along AffinityNet's affinities: the final pseudo-labels (paper 4.1.6; spec 6).
+
+The network computes the next affinities while worker processes walk along the last ones.
+Resume rule: a journal is kept of finished images; the same command goes on with the others.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from isim import atomic, engine, metrics, pictures, tracking, viz
+from isim.data import files
+from isim.data.dataset import Item, load_prepared
+from isim.journal import Journal
+from isim.models import affinity
+from isim.models.affinity import AffinityConfig, AffinityNet
+from isim.models.inference import normalize
+from isim.params import RandomWalk, digest, home, resolve_path
+from isim.regeneration import class_ids, images, in_workers
+from isim.walk_workers import WalkTask, walk_image
+from isim.workers import dense
+
+
+def run(params: RandomWalk, root: Path) -> None:
+    """Run the stage: data/cams and models/train_affinity to data/random_walk and reports.
+
+    The label maps of a split are in its folder, those after dCRF in `<split>_crf`.
+
+    Args:
+        params: Section `random_walk`.
+        root: Project folder.
+
+    Raises:
+        UserError: No checkpoint, no CAMs of a split, an unreadable file, a failed write.
+    """
+    prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
+    chosen = {split: prepared.split(split) for split in params.splits}
+    cams = root / "data/cams"
+    for split in chosen:
+        files.require_cams(cams / split)
+    checkpoint = root / "models/train_affinity/model.safetensors"
+    network, config = affinity.load(checkpoint)
+    device = engine.default_device()
+    engine.place(network, device)
+    precision = engine.resolve_precision(params.precision, device)
+    key = engine.run_digest(
+        digest(params),
+        [root / "data/prepared", *(cams / split for split in chosen), checkpoint],
+        engine.code_files("random_walk"),
+    )
+    resume = engine.resume_folder(home(root) / ".isim/resume/random_walk", key)
+    reports = root / "reports/random_walk"
+    names = ("background", *prepared.classes)
+    inputs = {"data/prepared": root / "data/prepared", "data/cams": cams}
+    inputs["models/train_affinity"] = checkpoint.parent
+    report: dict[str, Any] = {"precision": precision, "map_stride": config.map_stride}
+    per_class: list[dict[str, Any]] = []
+    with tracking.stage_run("random_walk", params, root, inputs) as tracked:
+        for split, items in chosen.items():
+            start = time.perf_counter()
+            computed, confusions = _walk_split(
+                items, resume, split, cams, params, network, config, precision, device, len(names)
+            )
+            seconds = time.perf_counter() - start
+            figures = {
+                "images": len(items),
+                "seconds": seconds,
+                "images_per_second": computed / seconds,
+            }
+            for name, confusion in confusions.items():
+                figures |= _figures(name, confusion)
+            report[split] = figures
+            ious = {name: metrics.iou(confusion) for name, confusion in confusions.items()}
+            for index, class_ in enumerate(names):
+                row = {f"{name}_iou": float(values[index]) for name, values in ious.items()}
+                per_class.append({"split": split, "class": class_, **row})
+            tracked.metrics({f"{split}_{name}": value for name, value in figures.items()})
+            scores = (f"{name} mIoU {100 * figures[f'{name}_miou']:.2f}" for name in confusions)
+            tqdm.write(f"random_walk: {len(items)} label maps of {split}, {', '.join(scores)}")
+        atomic.copy_tree(resume / "labels", root / "data/random_walk")
+        shutil.rmtree(reports / "pictures", ignore_errors=True)
+        for split, items in chosen.items():
+            for item in pictures.choose(items, params.pictures):
+                rows = _strips(item, split, cams, resume / "labels", params, columns=4)
+                viz.write_png(reports / f"pictures/{split}/{item.id}.png", np.concatenate(rows))
+                # Two rows of two: MLflow's thumbnails are square.
+                square = _strips(item, split, cams, resume / "labels", params, columns=2)[-1]
+                tracked.image(f"{split}/{item.id}", square, step=0)
+        atomic.write_csv(reports / "per_class.csv", per_class)
+        atomic.write_json(reports / "metrics.json", report)
+        tracked.headline(
+            {
+                f"{split}_{name}": value
+                for split in chosen
+                for name, value in report[split].items()
+                if name.endswith("_miou")
+            }
+        )
+        tracked.table("per_class", per_class)
+    engine.remove_resume_folder(resume)
+
+
+def _walk_split(
+    items: Sequence[Item],
+    resume: Path,
+    split: str,
+    cams: Path,
+    params: RandomWalk,
+    network: AffinityNet,
+    config: AffinityConfig,
+    precision: str,
+    device: torch.device,
+    num_labels: int,
+) -> tuple[int, dict[str, NDArray[np.int64]]]:
+    """Make the label maps that are missing below `resume`/labels.
+
+    Returns:
+        How many were made now, and the (L, L) confusion matrices over all: `walk` and, where the
+        dCRF follows, `walk_crf`.
+    """
+    folders = _folders(resume / "labels", split, params)
+    for folder in folders.values():
+        atomic.make_directory(folder)
+        for leftover in folder.glob(".tmp-*"):
+            leftover.unlink()
+    with Journal(resume / f"{split}.jsonl") as journal:
+        for folder in folders.values():
+            journal.keep(path.stem for path in folder.glob("*.png"))
+        missing = [item for item in items if item.id not in journal.lines]
+
+        def tasks() -> Iterator[WalkTask]:
+            for item, pixels in images(missing, device):
+                paths = [folder / f"{item.id}.png" for folder in folders.values()]
+                yield WalkTask(
+                    item.id,
+                    item.image,
+                    cams / split / f"{item.id}.npz",
+                    class_ids(item),
+                    _affinity(network, config, pixels, precision),
+                    config.radius,
+                    params,
+                    item.mask,
+                    paths[0],
+                    paths[1] if params.crf_after else None,
+                    num_labels,
+                )
+
+        results = in_workers(walk_image, tasks())
+        for result in tqdm(results, split, len(missing), leave=False, disable=None):
+            journal.add(asdict(result))
+        lines = [journal.lines[item.id] for item in items]
+    confusions = {name: np.zeros((num_labels, num_labels), np.int64) for name in folders}
+    for line in lines:
+        for name, confusion in confusions.items():
+            counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
+            confusion += dense(counts, num_labels)
+    return len(missing), confusions
+
+
+def _folders(labels: Path, split: str, params: RandomWalk) -> dict[str, Path]:
+    """Where the label maps of a split are, by what they are called in reports."""
+    refined = {"walk_crf": labels / f"{split}_crf"} if params.crf_after else {}
+    return {"walk": labels / split, **refined}
+
+
+@torch.inference_mode()
+def _affinity(
+    network: AffinityNet, config: AffinityConfig, pixels: Tensor, precision: str
+) -> NDArray[np.float32]:
+    """Affinities (P, h, w) of one image (3, H, W) uint8 at its full size, unpadded."""
+    views = normalize(pixels[None], config.mean, config.std)
+    views = views.contiguous(memory_format=torch.channels_last)
+    with engine.autocast(precision, pixels.device):
+        affinities: Tensor = network(views)
+    return affinities[0].cpu().numpy()
+
+
+def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
+    precision, recall = metrics.precision_recall(confusion)
+    return {
+        f"{name}_miou": metrics.miou(confusion),
+        f"{name}_precision": precision,
+        f"{name}_recall": recall,
+    }
+
+
+def _strips(
+    item: Item, split: str, cams: Path, labels: Path, params: RandomWalk, columns: int
+) -> list[np.ndarray]:
+    captions = {"walk": "random walk", "walk_crf": "walk + dCRF"}
+    return [
+        pictures.strip(
+            item,
+            cams / split / f"{item.id}.npz",
+            folder / f"{item.id}.png",
+            columns,
+            captions[name],
+        )
+        for name, folder in _folders(labels, split, params).items()
+    ]

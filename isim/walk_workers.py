@@ -1,0 +1,79 @@
+"""What runs in worker processes for the random walk: walk, dCRF, scoring, writing (no torch)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isim import metrics
+from isim.data import files
+from isim.labels import crf, random_walk
+from isim.params import RandomWalk
+from isim.workers import Counts, sparse
+
+
+@dataclass(frozen=True)
+class WalkTask:
+    """One image's CAMs on their way to a pseudo-label by random walk.
+
+    `cam` is a file of `files.write_cam`, `class_ids` (K',) int64 labels 1..K, `affinity` (P, h, w)
+    float32 within `radius`, `mask` the ground truth if there is one, `out` the path of the label
+    map and `refined` of the one after dCRF (None: without), `num_labels` L.
+    """
+
+    id: str
+    image: Path
+    cam: Path
+    class_ids: NDArray[np.int64]
+    affinity: NDArray[np.float32]
+    radius: int
+    settings: RandomWalk
+    mask: Path | None
+    out: Path
+    refined: Path | None
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """Scores of one image before and after dCRF; counts are (row, column, pixels)."""
+
+    id: str
+    walk_counts: Counts
+    crf_counts: Counts
+
+
+def walk_image(task: WalkTask) -> WalkResult:
+    """Walk an image's CAMs, write the label maps before and after dCRF, and score both.
+
+    Raises:
+        UserError: A file is missing, unreadable or of another image, or cannot be written.
+    """
+    settings = task.settings
+    planes, size = files.read_cam_of(task.cam, task.image, task.class_ids)
+    height, width = task.affinity.shape[1:]
+    planes = random_walk.resize(planes, (height, width))
+    matrix = random_walk.transition(task.affinity, task.radius, settings.beta)
+    if settings.background == "power":
+        background = random_walk.background_plane(planes, settings.alpha)
+        walked = random_walk.walk(
+            np.concatenate([background[None], planes]), matrix, settings.steps_log2
+        )
+        label = random_walk.label_map(walked[1:], task.class_ids, size, walked[0])
+    else:
+        walked = random_walk.walk(planes, matrix, settings.steps_log2)
+        label = random_walk.label_map(walked, task.class_ids, size, settings.threshold)
+    maps = [(label, task.out)]
+    if task.refined is not None:
+        image = files.read_image(task.image)
+        maps.append((crf.refine(image, label, task.class_ids, settings.crf), task.refined))
+    counts: list[Counts] = [[], []]
+    if task.mask is not None:
+        truth = files.read_truth(task.mask, size, task.num_labels)
+        for index, (made, _) in enumerate(maps):
+            counts[index] = sparse(metrics.confusion_matrix(truth, made, task.num_labels))
+    # Written last: PNGs that are there have been scored.
+    for made, path in maps:
+        files.write_label_map(path, made)
+    return WalkResult(task.id, *counts)
