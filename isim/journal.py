@@ -1,6 +1,7 @@
 """A file of finished images, so that an interrupted pass goes on where it stopped."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -50,8 +51,11 @@ class Journal:
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one image's line; its `id` must be set."""
+        data = json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            # A disk that fills up takes a part of the line without an error.
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise atomic.unwritable(self._path, error) from error
         self.lines[line["id"]] = line

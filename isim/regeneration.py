@@ -195,10 +195,11 @@ def regenerate(
                 planes = cam.cpu().numpy()
                 if item.id in pictured:
                     files.write_cam(scratch / f"{item.id}.npz", planes, ids, planes.shape[1:])
+                best, height = seeds.peak(planes, ids)
                 if item.mask is not None:
-                    truth = files.read_truth(item.mask, planes.shape[1:], num_labels)
-                    sweeps[item.id] = _sweep_counts(truth, planes, ids, num_labels)
-                seed = seeds.seed(planes, ids, threshold)
+                    truth = files.read_truth(item.mask, height.shape, num_labels)
+                    sweeps[item.id] = _sweep_counts(truth, best, height, num_labels)
+                seed = seeds.cut(best, height, threshold)
                 out = labels / f"{item.id}.png"
                 yield RefineTask(item.id, item.image, seed, ids, crf, item.mask, out, num_labels)
 
@@ -228,12 +229,11 @@ def regenerate(
 
 def _sweep_counts(
     truth: NDArray[np.uint8],
-    planes: NDArray[np.float32],
-    ids: NDArray[np.int64],
+    best: NDArray[np.uint8],
+    height: NDArray[np.float32],
     num_labels: int,
 ) -> list[list[int]]:
     """Non-zero counts of the (T, L, L) matrices of one image, as [flat index, pixels]."""
-    best, height = seeds.peak(planes, ids)
     confusion = metrics.sweep_confusion(truth, best, height, SWEEP, num_labels).ravel()
     return [[int(place), int(confusion[place])] for place in np.flatnonzero(confusion)]
 

@@ -52,3 +52,23 @@ def test_a_full_disk_and_a_missing_folder_are_one_line(tmp_path):
         with pytest.raises(UserError, match="cannot write .*j: No space left"):
             journal.add(line("a"))
         assert journal.lines == {}
+
+
+def test_a_disk_that_takes_half_a_line_is_full(tmp_path):
+    class Filling:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[: len(data) // 2])
+
+        def close(self):
+            self.file.close()
+
+    with Journal(tmp_path / "j") as journal:
+        journal.add(line("a"))
+        journal._file = Filling(journal._file)
+        with pytest.raises(UserError, match="cannot write .*j: No space left"):
+            journal.add(line("b"))
+    with Journal(tmp_path / "j") as journal:
+        assert journal.lines == {"a": line("a")}

@@ -33,12 +33,26 @@ def seed(
     Args:
         cam: (K', H, W) CAMs of the labelled classes, in [0, 1]; K' may be 0.
         class_ids: (K',) label of each plane, 1..K.
+        threshold: Height of the background plane, as in `cut`.
+
+    Returns:
+        (H, W) labels, 0 = background.
+    """
+    return cut(*peak(cam, class_ids), threshold)
+
+
+def cut(
+    best: NDArray[np.uint8], height: NDArray[np.float32], threshold: float
+) -> NDArray[np.uint8]:
+    """Set what does not rise above the background plane to background.
+
+    Args:
+        best: (H, W) label of the highest CAM, of `peak`.
+        height: (H, W) value of that CAM.
         threshold: Height of the background plane (0.3 in the paper, 4.1). A CAM must rise
             above it: a tie is background.
 
     Returns:
         (H, W) labels, 0 = background.
     """
-    labels, height = peak(cam, class_ids)
-    labels[height <= threshold] = BACKGROUND
-    return labels
+    return np.where(height > threshold, best, np.uint8(BACKGROUND))

@@ -12,12 +12,16 @@ from tqdm import tqdm
 
 from isim import atomic, metrics, pictures, tracking, viz
 from isim.data import files
-from isim.data.dataset import Item, Prepared, load_prepared
+from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
 from isim.regeneration import class_ids, grow, refine_all
 from isim.workers import RefineTask, dense
+
+# By the name of what was scored, and the image ids that belong to a name.
+Confusions = dict[str, NDArray[np.int64]]
+Parts = dict[str, frozenset[str]]
 
 
 def run(params: Evaluate, root: Path) -> None:
@@ -48,15 +52,16 @@ def run(params: Evaluate, root: Path) -> None:
     if not splits:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
 
-    confusions: dict[str, NDArray[np.int64]] = {}
+    members = {n: frozenset(item.id for item in items) for n, items in prepared.splits.items()}
+    confusions: Confusions = {}
     report: dict[str, dict[str, Any]] = {}
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
         for split in splits:
-            parts = {split: frozenset(item.id for item in prepared.split(split))}
-            inner = _inside(prepared, parts[split])
-            parts |= {name: ids for name, ids in inner.items() if name not in splits}
+            inner = _inside(members, members[split])
+            parts = {n: ids for n, ids in inner.items() if n not in splits}
+            parts[split] = members[split]
             items = [item for item in prepared.split(split) if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
             with tempfile.TemporaryDirectory() as refined_labels:
@@ -96,29 +101,28 @@ def run(params: Evaluate, root: Path) -> None:
                     for threshold, value in zip(thresholds, mious, strict=True)
                 ]
                 tracked.metrics({f"{name}_{k}": v for k, v in report[name].items()})
+        headline = {
+            f"{split}_{name}": figures[name]
+            for split, figures in report.items()
+            for name in ("cam_miou", "cam_crf_miou")
+        }
         known = {item.id: item for items in prepared.splits.values() for item in items}
         snapshots = sorted((root / "data/pseudo_labels").glob("round_*"))
         for folder in snapshots:
             labelled = frozenset(path.stem for path in folder.glob("*.png")) & known.keys()
-            for name, ids in {"": labelled, **_inside(prepared, labelled)}.items():
-                key = f"{folder.name}_{name}" if name else folder.name
-                confusion = _score_labels(folder, [known[id_] for id_ in sorted(ids)], len(names))
+            parts = {"": labelled, **_inside(members, labelled)}
+            labelled_items = [known[id_] for id_ in sorted(labelled)]
+            for name, confusion in _score_labels(folder, labelled_items, len(names), parts).items():
+                key = _join(folder.name, name)
                 confusions[key] = confusion
                 report[key] = _figures("pseudo_label", confusion)
-                prefix = f"{name}_" if name else ""
                 tracked.metrics(
-                    {f"{prefix}{k}": v for k, v in report[key].items()},
+                    {_join(name, k): v for k, v in report[key].items()},
                     step=int(folder.name.removeprefix("round_")),
                 )
-        headline = {
-            f"{split}_{name}": report[split][name]
-            for split in splits
-            for name in ("cam_miou", "cam_crf_miou")
-        }
         # Here too: train_cam may have come from DVC's run-cache, without an MLflow run.
-        rounds = [folder.name for folder in snapshots]
-        if rounds:
-            headline["pseudo_label_miou"] = report[rounds[-1]]["pseudo_label_miou"]
+        if snapshots:
+            headline["pseudo_label_miou"] = report[snapshots[-1].name]["pseudo_label_miou"]
         tracked.headline(headline)
         per_class = _per_class(confusions, names)
         tracked.table("per_class", per_class)
@@ -129,13 +133,23 @@ def run(params: Evaluate, root: Path) -> None:
         atomic.write_json(reports / "metrics.json", report)
 
 
-def _inside(prepared: Prepared, ids: frozenset[str]) -> dict[str, frozenset[str]]:
+def _inside(members: Parts, ids: frozenset[str]) -> Parts:
     """Splits that are a part of `ids`, as train is of trainaug: spec 8 wants both figures."""
-    splits = {name: frozenset(item.id for item in items) for name, items in prepared.splits.items()}
-    return {name: part for name, part in splits.items() if part and part < ids}
+    return {name: part for name, part in members.items() if part and part < ids}
 
 
-def _draw(folder: Path, confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]) -> None:
+def _join(*words: str) -> str:
+    return "_".join(filter(None, words))
+
+
+def _add(totals: Confusions, parts: Parts, id_: str, counts: NDArray[np.int64]) -> None:
+    """Add an image's counts to the totals of the parts that it belongs to."""
+    for name, ids in parts.items():
+        if id_ in ids:
+            totals[name] += counts
+
+
+def _draw(folder: Path, confusions: Confusions, names: tuple[str, ...]) -> None:
     for source, confusion in confusions.items():
         viz.confusion_heatmap(confusion, names, folder / f"confusion_{source}.png")
     series = {source: metrics.iou(confusion).tolist() for source, confusion in confusions.items()}
@@ -150,11 +164,11 @@ def _score_cams(
     fixed: int,
     num_labels: int,
     outs: dict[str, Path],
-    parts: dict[str, frozenset[str]],
-) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]]]:
+    parts: Parts,
+) -> tuple[Confusions, Confusions]:
     """Confusion matrices (T, L, L) of the seeds and (L, L) of the fixed seed after dCRF.
 
-    They are counted for each of `parts`, sets of image ids. The label maps after dCRF are written
+    They are counted for each of `parts`. The label maps after dCRF are written
     for the images that `outs` names.
     """
     shape = (len(thresholds), num_labels, num_labels)
@@ -167,10 +181,8 @@ def _score_cams(
             truth = files.read_truth(item.mask, size, num_labels)
             best, top = seeds.peak(grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
-            for name, ids_of_part in parts.items():
-                if item.id in ids_of_part:
-                    totals[name] += counts
-            seed = np.where(top > thresholds[fixed], best, 0).astype(np.uint8)
+            _add(totals, parts, item.id, counts)
+            seed = seeds.cut(best, top, float(thresholds[fixed]))
             yield RefineTask(
                 item.id,
                 item.image,
@@ -185,20 +197,19 @@ def _score_cams(
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
     progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
     for result in progress:
-        for name, ids_of_part in parts.items():
-            if result.id in ids_of_part:
-                refined[name] += dense(result.label_counts, num_labels)
+        _add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return totals, refined
 
 
-def _score_labels(folder: Path, items: list[Item], num_labels: int) -> NDArray[np.int64]:
-    confusion = np.zeros((num_labels, num_labels), np.int64)
+def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts) -> Confusions:
+    """Confusion matrix (L, L) of the folder's label maps, for each of `parts`."""
+    totals = {name: np.zeros((num_labels, num_labels), np.int64) for name in parts}
     for item in items:
         if item.mask is not None:
             label = files.read_label_map(folder / f"{item.id}.png")
             truth = files.read_truth(item.mask, label.shape, num_labels)
-            confusion += metrics.confusion_matrix(truth, label, num_labels)
-    return confusion
+            _add(totals, parts, item.id, metrics.confusion_matrix(truth, label, num_labels))
+    return totals
 
 
 def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
@@ -210,9 +221,7 @@ def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
     }
 
 
-def _per_class(
-    confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def _per_class(confusions: Confusions, names: tuple[str, ...]) -> list[dict[str, Any]]:
     return [
         {"source": source, "class": name, "iou": float(value)}
         for source, confusion in confusions.items()
@@ -220,9 +229,7 @@ def _per_class(
     ]
 
 
-def _pairs(
-    confusions: dict[str, NDArray[np.int64]], names: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def _pairs(confusions: Confusions, names: tuple[str, ...]) -> list[dict[str, Any]]:
     return [
         {"source": source, "actual": actual, "predicted": predicted, "pixels": int(pixels)}
         for source, confusion in confusions.items()

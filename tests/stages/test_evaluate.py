@@ -160,4 +160,4 @@ def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny):
     drop_masks(finished, "train", keep=5)
     evaluate.run(tiny.evaluate, finished)
     alone = read_report(finished)["train"]
-    assert alone == {**report["inner"]}
+    assert alone == report["inner"]
