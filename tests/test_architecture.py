@@ -35,6 +35,7 @@ LEVELS = [
         "isim.viz",
         "isim.preset",
         "isim.results",
+        "isim.runs",
     },
     {"isim.workers", "isim.pictures"},
     {"isim.regeneration"},
