@@ -33,11 +33,12 @@ LEVELS = [
         "isim.metrics",
         "isim.rounds",
         "isim.viz",
+        "isim.paper",
         "isim.preset",
         "isim.results",
         "isim.runs",
     },
-    {"isim.workers", "isim.pictures"},
+    {"isim.tables", "isim.workers", "isim.pictures"},
     {"isim.regeneration"},
     {"isim.training"},
     {"isim.stages"},
@@ -141,7 +142,7 @@ def test_one_word_per_stage():
     from isim.cli import app
 
     modules = {path.stem for path in (ROOT / "isim/stages").glob("*.py")} - {"__init__"}
-    commands = set(get_command(app).commands) - {"preset", "results"}
+    commands = set(get_command(app).commands) - {"preset", "results", "tables"}
     assert set(STAGES) == set(Params.model_fields) == modules
     assert {stage.replace("_", "-") for stage in STAGES} == commands
     for name, stage in PIPELINE["stages"].items():

@@ -43,7 +43,7 @@ def run_main(monkeypatch, capsys, *arguments):
 def test_help_names_every_command():
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
-    for name in ("prepare", "train-cam", "export-cams", "evaluate", "preset", "results"):
+    for name in ("prepare", "train-cam", "export-cams", "evaluate", "preset", "results", "tables"):
         assert f"  {name} " in answer.stdout
 
 
