@@ -1,4 +1,4 @@
-"""Command line: one command a stage, `preset` and `results`.
+"""Command line: one command a stage, `preset`, `results` and `tables`.
 
 Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -105,6 +105,32 @@ def results() -> None:
     from isim import results as report
 
     typer.echo(report.table(Path.cwd()))
+
+
+@app.command()
+def tables(
+    table: Annotated[
+        str | None, typer.Option(help="1 to 12, fig4 or sec4.1; without it all.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Write CSV, one line a cell.")] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print how to run them instead.")
+    ] = False,
+) -> None:
+    """Print the paper's tables beside what the runs known here measured."""
+    from isim import tables as printed
+
+    if markdown + csv + commands > 1:
+        raise UserError("--markdown, --csv and --commands exclude each other; give one of them")
+    if commands:
+        typer.echo(printed.commands(table))
+        return
+    form: Literal["text", "markdown", "csv"] = "csv" if csv else "markdown" if markdown else "text"
+    text, note = printed.report(Path.cwd(), table, form)
+    typer.echo(text)
+    if note:
+        typer.echo(f"isim: note: {note}", err=True)
 
 
 def _run(stage: str, *arguments: str) -> None:

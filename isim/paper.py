@@ -1,0 +1,259 @@
+"""The paper's experiments, read from `paper.yaml`: cells of tables and the commands that run them.
+
+What each cell is and what the paper found is data; this module knows how a file like that one is
+put together, not what is in it.
+"""
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from isim.errors import UserError
+
+# Settings of a cell that are no axis of parameters.
+REPORTING = ("figure", "scored", "class")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Where the value of a cell is found.
+
+    `file` is a report (JSON, or CSV with the row that `where` picks) and None where no report
+    can hold the value; `key` is dotted in JSON, a column in CSV. `stage` writes the file.
+    `images` is the key of the number of images that the value is over, `scored` their split,
+    each None where the file does not say.
+    """
+
+    stage: str
+    file: str | None
+    key: str
+    where: Mapping[str, str]
+    images: str | None
+    scored: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a table.
+
+    `paper` is in percent, None where the paper has none. `parameters` (dotted names) are what a
+    command sets, `matched` what a run must have; `figure` is None for a method of others, which
+    no experiment here gives.
+    """
+
+    paper: float | None
+    parameters: Mapping[str, Any]
+    matched: Mapping[str, Any]
+    figure: Figure | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, or an experiment that it shows otherwise: `cells[row][column]`."""
+
+    name: str
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        """Name and title in one line."""
+        names = {"fig": "Figure ", "sec": "Section "}
+        kind, rest = names.get(self.name[:3]), self.name[3:]
+        return f"{kind}{rest}. {self.title}" if kind else f"Table {self.name}. {self.title}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run says how many images it was trained on: report, key; parameter of the split."""
+
+    file: str
+    key: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Paper:
+    """All of `paper.yaml`.
+
+    `preset` holds the values of parameters that cells do not name; `stages` is the pipeline's
+    order; `images` counts the images of whole splits; `profile` is the parameter that is shown
+    beside a measured value.
+    """
+
+    preset: str
+    stages: tuple[str, ...]
+    images: Mapping[str, int]
+    trained: Trained
+    profile: str
+    tables: tuple[Table, ...]
+
+    def table(self, name: str) -> Table:
+        """Return the table of that name.
+
+        Raises:
+            UserError: There is none.
+        """
+        for table in self.tables:
+            if table.name == name:
+                return table
+        known = ", ".join(table.name for table in self.tables)
+        raise UserError(f"--table: there is no table '{name}'; choose one of {known}")
+
+
+def load() -> Paper:
+    """Read `paper.yaml` of the installed package."""
+    path = Path(str(resources.files("isim"))) / "paper.yaml"
+    return parse(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+
+
+def parse(tree: Mapping[str, Any]) -> Paper:
+    """Put the cells of a tree like `paper.yaml` together.
+
+    Raises:
+        KeyError: A setting that is on no axis, or a figure that is not described.
+        ValueError: Figures of the paper that do not fit their rows and columns.
+    """
+    return Paper(
+        preset=tree["preset"],
+        stages=tuple(tree["stages"]),
+        trained=Trained(**tree["trained"]),
+        images=tree["images"],
+        profile=tree["profile"],
+        tables=tuple(_table(entry, tree) for entry in tree["tables"]),
+    )
+
+
+def _table(entry: Mapping[str, Any], tree: Mapping[str, Any]) -> Table:
+    rows, columns = (_lines(entry[name], tree["axes"]) for name in ("rows", "columns"))
+    blank = [[None] * len(columns)] * len(rows)
+    figures = entry.get("paper", blank)
+    shared = tree["defaults"] | entry.get("with", {})
+    cells = tuple(
+        tuple(
+            Cell(value, {}, {}, None)
+            if row is None
+            else _cell(shared | row | (column or {}), value, tree)
+            for column, value in zip(columns.values(), values, strict=True)
+        )
+        for row, values in zip(rows.values(), figures, strict=True)
+    )
+    notes = tuple(entry.get("notes", ()))
+    return Table(entry["name"], entry["title"], tuple(rows), tuple(columns), cells, notes)
+
+
+def _lines(
+    entry: Mapping[str, Any], axes: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, dict[str, str] | None]:
+    """Settings of every row or column, by its name."""
+    if "over" not in entry:
+        return entry
+    names = entry.get("only", axes[entry["over"][0]])
+    return {name: dict.fromkeys(entry["over"], name) for name in names}
+
+
+def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, Any]) -> Cell:
+    described = tree["figures"][settings["figure"]]
+
+    def depends(name: str) -> bool:
+        return name.split(".")[0] in described["sections"]
+
+    parameters: dict[str, Any] = {}
+    for axis, value in settings.items():
+        if axis not in REPORTING:
+            parameters |= {k: v for k, v in tree["axes"][axis][value].items() if depends(k)}
+    common = {name: value for name, value in tree["common"].items() if depends(name)}
+    matched = {k: v for k, v in (common | parameters).items() if k not in tree["run_only"]}
+    words = {"scored": settings.get("scored", ""), "class": settings.get("class", "")}
+    where = {name: text.format(**words) for name, text in described.get("where", {}).items()}
+    images = described.get("images")
+    figure = Figure(
+        stage=described["stage"],
+        file=described.get("file"),
+        key=described.get("key", "").format(**words),
+        where=where,
+        images=images and images.format(**words),
+        scored=settings.get("scored"),
+    )
+    return Cell(paper, parameters, matched, figure)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Parameters (dotted names) and the stages to run for every value that hangs on them."""
+
+    parameters: Mapping[str, Any]
+    stages: tuple[str, ...]
+
+
+def experiments(tables: Iterable[Table]) -> list[Experiment]:
+    """The fewest runs that give every value of `tables`, in their order.
+
+    Two cells share a run when no parameter differs: the one with the longer way through the
+    pipeline then gives the other's value, too.
+    """
+    found: list[Experiment] = []
+    cells = [cell for table in tables for row in table.cells for cell in row if cell.figure]
+    for cell in cells:
+        assert cell.figure is not None
+        wanted = cell.parameters
+        for place, known in enumerate(found):
+            if all(known.parameters.get(name, value) == value for name, value in wanted.items()):
+                stages = dict.fromkeys((*known.stages, cell.figure.stage))
+                found[place] = Experiment({**known.parameters, **wanted}, tuple(stages))
+                break
+        else:
+            found.append(Experiment(wanted, (cell.figure.stage,)))
+    return found
+
+
+def commands(paper: Paper, tables: Iterable[Table], preset: Mapping[str, Any]) -> list[str]:
+    """Shell lines that run `tables`: write the preset, queue each experiment, start the queue.
+
+    Args:
+        paper: Names the preset and the order of stages.
+        tables: What is to be run.
+        preset: The values of that preset; what is the same there is not set again.
+
+    Returns:
+        One command a line.
+    """
+    lines = [f"isim preset {paper.preset}"]
+    for experiment in experiments(tables):
+        options = [
+            f"-S {shlex.quote(f'{name}={literal(value)}')}"
+            for name, value in experiment.parameters.items()
+            if dig(preset, name) != value
+        ]
+        stages = sorted(experiment.stages, key=paper.stages.index)
+        lines.append(" ".join(("dvc exp run --queue", *stages, *options)))
+    lines.append("dvc queue start")
+    return lines
+
+
+def literal(value: Any) -> str:  # noqa: ANN401 - any parameter value
+    """Write a parameter's value as `dvc exp run -S` (Hydra's grammar) takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(literal, value)) + "]"
+    return str(value)
+
+
+def dig(tree: Any, name: str) -> Any:  # noqa: ANN401 - any parameter tree
+    """Return the value of dotted `name` in nested mappings, or None."""
+    for part in name.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree

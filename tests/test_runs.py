@@ -1,0 +1,217 @@
+"""Finished runs: what dvc.lock says they ran with, and which reports belong to them."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from isim import runs
+
+
+def stage(params, deps, outs):
+    """A stage of dvc.lock; deps and outs are paths with their hashes."""
+    return {
+        "cmd": "true",
+        "params": {"params.yaml": params},
+        "deps": [{"path": path, "md5": md5} for path, md5 in deps.items()],
+        "outs": [{"path": path, "md5": md5} for path, md5 in outs.items()],
+    }
+
+
+LOCK = {
+    "schema": "2.0",
+    "stages": {
+        "prepare": stage({"prepare": {"source": "voc"}}, {"isim/a.py": "0"}, {"data/p": "1"}),
+        "train_cam": stage(
+            {"train_cam": {"method": "cam"}},
+            {"data/p": "1", "isim/b.py": "0"},
+            {"models/c": "2", "data/labels": "3", "reports/train_cam/metrics.json": "4"},
+        ),
+        "evaluate": stage(
+            {"evaluate": {"threshold": 0.3}}, {"models/c": "2"}, {"reports/e/metrics.json": "5"}
+        ),
+    },
+}
+
+
+def dump(tree, path):
+    with path.open("w") as file:
+        YAML(typ="safe").dump(tree, file)
+
+
+def changed(**stages):
+    return {**LOCK, "stages": LOCK["stages"] | stages}
+
+
+def test_the_parameters_of_all_stages_on_the_way_count():
+    assert runs.lineage(LOCK, "reports/train_cam/metrics.json") == {
+        "prepare": {"source": "voc"},
+        "train_cam": {"method": "cam"},
+    }
+    assert set(runs.lineage(LOCK, "reports/e/metrics.json")) == {"prepare", "train_cam", "evaluate"}
+
+
+def test_a_report_that_no_stage_wrote_has_no_parameters():
+    assert runs.lineage(LOCK, "reports/other.json") is None
+    assert runs.lineage({"stages": {}}, "reports/e/metrics.json") is None
+
+
+def test_what_was_made_from_older_outputs_does_not_count():
+    """`dvc exp run train_cam` leaves the evaluation of the network before."""
+    again = stage({"train_cam": {"method": "deeplabcam"}}, {"data/p": "1"}, {"models/c": "9"})
+    assert runs.lineage(changed(train_cam=again), "models/c")["train_cam"]["method"] != "cam"
+    assert runs.lineage(changed(train_cam=again), "reports/e/metrics.json") is None
+    prepared = stage({"prepare": {"source": "shapes"}}, {}, {"data/p": "8"})
+    assert runs.lineage(changed(prepare=prepared), "reports/e/metrics.json") is None
+
+
+def test_a_file_within_an_output_cannot_be_judged():
+    inside = stage({"x": {}}, {"data/labels/round_01": "7"}, {"reports/x/metrics.json": "6"})
+    assert runs.lineage(changed(x=inside), "reports/x/metrics.json") is None
+
+
+def test_the_workspace_gives_the_reports_that_its_lock_names(tmp_path):
+    texts = {
+        "reports/a/metrics.json": '{"images": 3}',
+        "reports/a/per_class.csv": "class,iou\ncat,0.5\n",
+        "reports/a/edited.json": "{}",
+        "data/labels.csv": "x\n1\n",
+    }
+    outs = {path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()}
+    texts["reports/a/edited.json"] = '{"images": 10582}'
+    texts["reports/a/foreign.json"] = '{"images": 10582}'
+    for path, text in texts.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    outs["reports/a/missing.json"] = "0"
+    dump({"stages": {"a": stage({"a": {}}, {}, outs)}}, tmp_path / "dvc.lock")
+    found = runs.workspace(tmp_path)
+    assert found.reports == {
+        "reports/a/metrics.json": {"images": 3},
+        "reports/a/per_class.csv": [{"class": "cat", "iou": "0.5"}],
+    }
+    assert found.name == "workspace"
+    assert found.when == (tmp_path / "dvc.lock").stat().st_mtime
+
+
+def test_a_workspace_without_a_run(tmp_path):
+    assert runs.workspace(tmp_path) is None
+    (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\n\tx: [")
+    assert runs.workspace(tmp_path).reports == {}
+
+
+def state(rev, time="2026-01-02T03:04:05", **more):
+    data = {"rev": rev, "timestamp": time, "metrics": {"m.json": {"data": {"rev": rev}}}}
+    return {"rev": rev, "name": None, "data": data, "error": None, "experiments": None} | more
+
+
+def entry(*states, name=None, executor=None):
+    return {"revs": list(states), "name": name, "executor": executor}
+
+
+def test_experiments_and_commits_are_runs_unless_they_have_not_ended():
+    broken = state("e" * 40)
+    broken["data"]["metrics"]["bad.json"] = {"error": {"type": "YAMLError", "msg": "x"}}
+    states = [
+        state("workspace", time=None),
+        state(
+            "c" * 40,
+            name="main",
+            experiments=[
+                entry(
+                    state("a" * 40, time="2026-02-01T00:00:00"), state("9" * 40), name="dry-toad"
+                ),
+                entry(broken, name="big-cat", executor={"state": "success"}),
+                entry(state("f" * 40), name="worn-owl", executor={"state": "failed"}),
+                entry(state("d" * 40), executor={"state": "queued"}),
+                entry(state("b" * 40, data=None, error={"msg": "gone"}), name="lost"),
+            ],
+        ),
+        state("1" * 40),
+        state("0" * 40),
+    ]
+    locks = {rev * 40: json.dumps(LOCK) for rev in "acef1"}
+    found = runs.from_dvc(states, locks.get)
+    assert [run.name for run in found] == ["dry-toad", "big-cat", "main", "1111111"]
+    assert found[0].reports == {"m.json": {"rev": "a" * 40}} and found[0].lock == LOCK
+    assert set(found[1].reports) == {"m.json"}
+    assert found[0].when > found[2].when
+
+
+def test_without_git_the_workspace_stands_alone_and_a_line_says_so(tmp_path, monkeypatch):
+    dump(LOCK, tmp_path / "dvc.lock")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    found, note = runs.read_all(tmp_path)
+    assert [run.name for run in found] == ["workspace"]
+    assert "DVC experiments" in note and "\n" not in note
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "git" in runs.read_all(tmp_path)[1]
+
+
+PIPELINE = """\
+stages:
+  train_cam:
+    cmd: python report.py
+    params:
+      - train_cam
+    metrics:
+      - reports/train_cam/metrics.json:
+          cache: false
+"""
+SCRIPT = """\
+import json, os
+from ruamel.yaml import YAML
+crop = YAML().load(open("params.yaml"))["train_cam"]["crop"]
+os.makedirs("reports/train_cam", exist_ok=True)
+json.dump({"crop": crop}, open("reports/train_cam/metrics.json", "w"))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository whose one stage reports a parameter."""
+    for name in [name for name in os.environ if name.startswith(("DVC_", "GIT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("GLOBAL_CONFIG_DIR", "SYSTEM_CONFIG_DIR", "SITE_CACHE_DIR"):
+        monkeypatch.setenv(f"DVC_{name}", str(tmp_path / name))
+    folder = tmp_path / "project"
+    folder.mkdir()
+
+    def call(*command):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    call("git", "init", "--quiet")
+    call("git", "config", "user.name", "Tester")
+    call("git", "config", "user.email", "tester@example.org")
+    call("dvc", "init", "--quiet")
+    (folder / "params.yaml").write_text("train_cam:\n  crop: 256\n")
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "report.py").write_text(SCRIPT)
+    call("dvc", "repro", "--quiet")
+    call("git", "add", "--all")
+    call("git", "commit", "--quiet", "--message", "run")
+    return folder, call
+
+
+def test_real_experiments_are_read_with_what_they_ran_with(repository):
+    folder, call = repository
+    call("dvc", "exp", "run", "--quiet", "--temp", "-n", "larger", "-S", "train_cam.crop=320")
+    # Experiments stay with the commit that they started from.
+    call("git", "commit", "--quiet", "--allow-empty", "--message", "later")
+    # Edited since: no run has this.
+    (folder / "params.yaml").write_text("train_cam:\n  crop: 512\n")
+    found, note = runs.read_all(folder)
+    assert note is None
+    path = "reports/train_cam/metrics.json"
+    crops = {run.name: runs.lineage(run.lock, path)["train_cam"]["crop"] for run in found}
+    assert crops["workspace"] == 256 and crops["larger"] == 320
+    assert all(run.reports[path] == {"crop": crops[run.name]} for run in found)
+    assert 512 not in crops.values() and len(found) == 4
