@@ -343,6 +343,7 @@ LABEL_SETS = {
     "ground_truth": "data/prepared",
     "seeds": "data/cams",
     "random_walk": "data/random_walk",
+    "random_walk_crf": "data/random_walk",
 }
 
 

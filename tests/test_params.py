@@ -148,7 +148,15 @@ def test_a_misspelt_name_in_a_label_set_is_found(tree):
 
 
 def test_label_sets_of_every_kind_and_none(tree):
-    known = ("ground_truth", "seeds", "random_walk", "round_01", "round_12", "round_100")
+    known = (
+        "ground_truth",
+        "seeds",
+        "random_walk",
+        "random_walk_crf",
+        "round_01",
+        "round_12",
+        "round_100",
+    )
     entries = [{"name": name, "path": params.label_set_path(name)} for name in known]
     for sets in (entries, []):
         tree["label_sets"] = sets

@@ -201,9 +201,15 @@ def _sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[s
         remedy = "give the images masks, or train on another label set"
     else:
         # A round is of one split, the others have a folder a split.
-        folder = base if name.startswith("round_") else base / split
-        stage = {"seeds": "export-cams", "random_walk": "random-walk"}.get(name, "train-cam")
+        refined = name.endswith("_crf")
+        folder = (
+            base if name.startswith("round_") else base / (f"{split}_crf" if refined else split)
+        )
+        stages = {"data/cams": "export-cams", "data/random_walk": "random-walk"}
+        stage = stages.get(str(label_set_path(name)), "train-cam")
         remedy = f"run `isim {stage}` first, for split '{split}'"
+        if refined:
+            remedy += ", with crf_after: true"
         if not folder.is_dir():
             raise UserError(f"label set '{name}': {folder} is missing; {remedy}")
         suffix = ".npz" if name == "seeds" else ".png"

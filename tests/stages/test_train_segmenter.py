@@ -21,7 +21,7 @@ from isim.models.inference import multi_scale_probabilities
 from isim.regeneration import grow
 from isim.stages import train_segmenter
 
-NAMES = ("ground_truth", "seeds", "random_walk", "round_02")
+NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
 PATHS = {name: params.label_set_path(name) for name in NAMES}
 
 
@@ -48,7 +48,7 @@ def list_label_sets(root, names=NAMES):
 
 def walked(root):
     """Leave out the random walk's label maps of two images."""
-    for path in sorted((root / "data/random_walk/train").iterdir())[:2]:
+    for path in sorted((root / "data/random_walk/train_crf").iterdir())[:2]:
         path.unlink()
 
 
@@ -122,7 +122,7 @@ def test_every_label_set_leaves_a_model_predictions_and_reports(name, segmented)
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     assert list(epochs[0]) == ["epoch", "loss", "rate", "seconds", "images_per_second"]
     # The first epoch's last step: the second of four, or with 14 images the first of two.
-    factor = 1.0 if name == "random_walk" else (1 - 1 / 4) ** 0.9
+    factor = 1.0 if name == "random_walk_crf" else (1 - 1 / 4) ** 0.9
     assert float(epochs[0]["rate"]) == pytest.approx(0.01 * factor)
     with (reports / "per_class.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * 6
@@ -140,8 +140,15 @@ def test_images_without_a_label_map_are_left_out_and_counted(segmented):
         name: (report["images"], report["images_without_labels"])
         for name, report in ((name, read_report(segmented[0], name)) for name in NAMES)
     }
-    assert counts.pop("random_walk") == (14, 2)
+    assert counts.pop("random_walk_crf") == (14, 2)
     assert set(counts.values()) == {(16, 0)}
+
+
+@pytest.mark.parametrize(("name", "folder"), [("", "train"), ("_crf", "train_crf")])
+def test_the_walk_and_what_the_crf_made_of_it_are_two_label_sets(name, folder, segmented):
+    root = segmented[0]
+    sources = train_segmenter._sources(f"random_walk{name}", "train", items_of(root, "train"), root)
+    assert {path.parent for path in sources.values()} == {root / "data/random_walk" / folder}
 
 
 def test_label_sets_give_different_segmenters(segmented):
@@ -237,9 +244,9 @@ def test_the_result_table_has_the_segmenters_of_the_list(segmented, tmp_path):
     shutil.copytree(root / "reports", tmp_path / "reports")
     shutil.copy(root / "params.yaml", tmp_path)
     shutil.rmtree(tmp_path / "reports/train_segmenter/seeds")
-    list_label_sets(tmp_path, [name for name in NAMES if name != "random_walk"])
+    list_label_sets(tmp_path, [name for name in NAMES if name != "random_walk_crf"])
     found = {line.split()[0] for line in results.table(tmp_path).splitlines() if line}
-    assert {"round_02", "ground_truth"} <= found and not {"seeds", "random_walk"} & found
+    assert {"round_02", "ground_truth"} <= found and not {"seeds", "random_walk_crf"} & found
 
 
 def remove(*names):
@@ -279,7 +286,12 @@ def decoder_weights(root):
 BAD_INPUT = {
     "a round that was not made": (remove("data/pseudo_labels"), "round_02", "isim train-cam"),
     "no CAMs": (remove("data/cams"), "seeds", "isim export-cams"),
-    "no random walk": (remove("data/random_walk"), "random_walk", "isim random-walk"),
+    "no random walk": (remove("data/random_walk"), "random_walk_crf", "isim random-walk"),
+    "no dCRF after it": (
+        remove("data/random_walk/train_crf"),
+        "random_walk_crf",
+        "for split 'train', with crf_after: true",
+    ),
     "nothing prepared": (remove("data/prepared"), "round_02", "isim prepare"),
     "no label map": (no_labels, "round_02", "none of the 16 images of split 'train'"),
     "one label map": (one_label, "round_02", "train_segmenter.batch"),
