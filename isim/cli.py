@@ -1,4 +1,4 @@
-"""Command line: one command a stage, `preset`, `results` and `tables`.
+"""Command line: one command a stage, `preset`, `results`, `tables` and `server-archive`.
 
 Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
 """
@@ -131,6 +131,22 @@ def tables(
     typer.echo(text)
     if note:
         typer.echo(f"isim: note: {note}", err=True)
+
+
+@app.command()
+def server_archive(
+    labels: Annotated[str, typer.Argument(help="Label set of the segmenter, such as round_04.")],
+    split: Annotated[str, typer.Argument(help="Split that it predicted: test or val.")],
+    crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Take what the CRF made.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: below reports/server.")
+    ] = None,
+) -> None:
+    """Pack predictions into the archive that VOC's evaluation server takes."""
+    from isim import server
+
+    path, count = server.write(Path.cwd(), labels, split, crf, out)
+    typer.echo(f"{path}: {count} predictions; upload it to VOC 2012's server as comp6")
 
 
 def _run(stage: str, *arguments: str) -> None:

@@ -90,8 +90,8 @@ class Scores:
 
 
 def class_ids(item: Item) -> NDArray[np.int64]:
-    """Labels 1..K of an image's classes, ascending."""
-    return np.flatnonzero(item.image_label) + 1
+    """Labels 1..K of an image's classes, ascending. Raises UserError where they are unknown."""
+    return np.flatnonzero(item.known_label) + 1
 
 
 def cams(

@@ -152,4 +152,4 @@ def classify(
             "the network's scores are not finite after this epoch: the rates are likely too "
             "high; lower train_cam.optimizer.encoder_rate and classifier_rate"
         )
-    return metrics.classification_figures(np.stack([item.image_label for item in items]), logits)
+    return metrics.classification_figures(np.stack([item.known_label for item in items]), logits)

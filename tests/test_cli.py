@@ -44,7 +44,8 @@ def test_help_names_every_command():
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
     stages = ("prepare", "train-cam", "export-cams", "train-affinity", "random-walk")
-    for name in (*stages, "train-segmenter", "evaluate", "preset", "results", "tables"):
+    others = ("preset", "results", "tables", "server-archive")
+    for name in (*stages, "train-segmenter", "evaluate", *others):
         assert f"  {name} " in answer.stdout
 
 

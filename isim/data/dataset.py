@@ -24,13 +24,25 @@ class Item:
         id: Name, unique in the data set; outputs are named after it.
         image: Path of the RGB image.
         mask: Path of the ground truth, None where there is none.
-        image_label: (K,) float32 multi-hot over the foreground classes.
+        image_label: (K,) float32 multi-hot over the foreground classes; None where it is
+            unknown, as in VOC's test set.
     """
 
     id: str
     image: Path
     mask: Path | None
-    image_label: np.ndarray
+    image_label: np.ndarray | None
+
+    @property
+    def known_label(self) -> np.ndarray:
+        """`image_label` where there must be one.
+
+        Raises:
+            UserError: It is unknown.
+        """
+        if self.image_label is None:
+            raise UserError(f"the classes of image {self.id} are unknown; use a labelled split")
+        return self.image_label
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,16 @@ class Prepared:
     classes: tuple[str, ...]
     splits: dict[str, tuple[Item, ...]]
 
-    def split(self, name: str) -> tuple[Item, ...]:
+    def split(self, name: str, labelled: bool = True) -> tuple[Item, ...]:
         """The items of a split, in the order of its list.
 
+        Args:
+            name: The split.
+            labelled: Whether the labels of its images are needed.
+
         Raises:
-            UserError: The split is unknown (the message names the known ones) or empty.
+            UserError: The split is unknown (the message names the known ones), empty, or has
+                images of unknown labels where they are needed.
         """
         items = self.splits.get(name)
         if items is None:
@@ -54,6 +71,13 @@ class Prepared:
             )
         if not items:
             raise UserError(f"split '{name}' is empty; add images to it and run `isim prepare`")
+        unknown = sum(item.image_label is None for item in items)
+        if labelled and unknown:
+            raise UserError(
+                f"the image labels of split '{name}' are unknown ({unknown} of {len(items)} "
+                "images), but needed here; name a labelled split. Only train_segmenter.eval_splits "
+                "can do without labels"
+            )
         return items
 
 
@@ -106,9 +130,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def _multi_hot(text: str, classes: tuple[str, ...]) -> np.ndarray:
+def _multi_hot(text: str, classes: tuple[str, ...]) -> np.ndarray | None:
+    if not text:
+        return None
     label = np.zeros(len(classes), np.float32)
-    label[[classes.index(name) for name in text.split(";") if name]] = 1
+    label[[classes.index(name) for name in text.split(";")]] = 1
     label.flags.writeable = False
     return label
 
@@ -212,7 +238,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             pixels, mask = self._augment(torch.from_numpy(image), torch.from_numpy(label))
         return {
             "image": pixels,
-            "image_label": torch.from_numpy(item.image_label.copy()),
+            "image_label": torch.from_numpy(item.known_label.copy()),
             "label": mask,
         }
 
@@ -229,9 +255,9 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
             )
         # One more than the label, so that IGNORE, 255, wraps around to 0.
         highest = int((label + np.uint8(1)).max()) - 1
-        if highest > len(item.image_label):
+        if highest > len(item.known_label):
             raise UserError(
-                f"label map {path} holds label {highest} of 0..{len(item.image_label)}; it is of "
+                f"label map {path} holds label {highest} of 0..{len(item.known_label)}; it is of "
                 "other classes: make the label maps again"
             )
         return label

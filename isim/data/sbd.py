@@ -75,7 +75,7 @@ def add_trainaug(source: Source, devkit: Path, dataset: Path, masks: Path) -> So
             problems.append(str(result))
             continue
         annotated = (devkit / "Annotations" / f"{name}.xml").exists()
-        entry = read_entry(devkit, name, source.classes, need_labels=annotated)
+        entry = read_entry(devkit, name, source.classes, labelled=annotated)
         if not annotated:
             labels = tuple(label for i, label in enumerate(source.classes, 1) if i in result)
             entry = replace(
@@ -87,7 +87,7 @@ def add_trainaug(source: Source, devkit: Path, dataset: Path, masks: Path) -> So
             entry = replace(entry, image=dataset / "img" / f"{name}.jpg")
         entries[name] = replace(entry, mask=masks / f"{name}.png")
     splits = source.splits | {"trainaug": tuple(sorted({*train, *extra}))}
-    return Source(source.classes, entries, splits, tuple(problems))
+    return replace(source, entries=entries, splits=splits, problems=tuple(problems))
 
 
 def read_mat(path: Path) -> np.ndarray:

@@ -16,11 +16,11 @@ MAX_PROBLEMS_SHOWN = 50
 
 @dataclass(frozen=True)
 class Entry:
-    """One image: its files, its label names, and what is wrong with the latter."""
+    """One image: its files, its label names (None: unknown), and what is wrong with the latter."""
 
     image: Path
     mask: Path | None
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     problems: tuple[str, ...] = ()
 
 
@@ -33,12 +33,14 @@ class Source:
         entries: Every image by id.
         splits: Ids of each split, in the order of its list.
         problems: Faults of the lists; those of an image's labels are in its entry.
+        notes: What the user should know of the lists and need not mend.
     """
 
     classes: tuple[str, ...]
     entries: dict[str, Entry]
     splits: dict[str, tuple[str, ...]]
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -49,8 +51,8 @@ class Checked:
         problems: Faults that make the entry unusable, one line each.
         files: (path, bytes, md5) of the image and, if there is one, the mask.
         pixels: (K+1,) int64 pixels of each class in the mask, None without a mask.
-        labels_without_pixels: Labelled classes that the mask does not show.
-        pixels_without_label: Classes in the mask that are not labelled.
+        labels_without_pixels: Labelled classes that the mask does not show; 0 without labels.
+        pixels_without_label: Classes in the mask that are not labelled; 0 without labels.
     """
 
     problems: list[str]
@@ -120,6 +122,8 @@ def _check(classes: tuple[str, ...], entry: Entry) -> Checked:
         )
         return result
     result.pixels = counts[: limit + 1]
+    if entry.labels is None:
+        return result
     shown = {classes[index - 1] for index in np.flatnonzero(result.pixels) if index}
     result.labels_without_pixels = len(set(entry.labels) - shown)
     result.pixels_without_label = len(shown - set(entry.labels))

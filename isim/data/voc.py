@@ -19,7 +19,8 @@ ARCHIVE = Archive(
     md5="6cd6e144f989b92b3379bac3b3de84fd",
     folder="VOCdevkit/VOC2012",
 )
-# The lists that are read. Images of `test` have neither masks nor, officially, annotations.
+# The lists that are read. The masks and classes of `test` are the server's secret: the XML files
+# that come with its images serve other tasks and name persons to look at, not what is there.
 SPLITS = ("train", "val", "test")
 
 
@@ -38,6 +39,9 @@ def find_devkit(root: Path, download: bool) -> Path:
 def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
     """Read the lists, annotations and names of masks of a devkit; no image is opened.
 
+    The images of `test` are an archive of their own: those that are not there are left out of the
+    split, with a note, and without any there is no such split. Their labels are unknown.
+
     Args:
         devkit: Folder that holds JPEGImages, Annotations and ImageSets/Segmentation.
         classes: K foreground names in order.
@@ -49,12 +53,24 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
     splits: dict[str, tuple[str, ...]] = {}
     entries: dict[str, Entry] = {}
     problems: list[str] = []
+    notes: list[str] = []
     for split in SPLITS:
         path = lists / f"{split}.txt"
         if not path.exists():
             continue
         ids = path.read_text(encoding="utf-8", errors="replace").split()
-        splits[split] = tuple(dict.fromkeys(ids))
+        listed = tuple(dict.fromkeys(ids))
+        there = listed
+        if split == "test":
+            images = devkit / "JPEGImages"
+            there = tuple(name for name in listed if (images / f"{name}.jpg").exists())
+            if lacking := len(listed) - len(there):
+                notes.append(
+                    f"test: {lacking} of its {len(listed)} images are not in {images}; left out"
+                )
+            if lacking and not there:
+                continue
+        splits[split] = there
         for name in splits[split]:
             # Outputs are named after the id.
             if Path(name).name != name or name.startswith("."):
@@ -64,32 +80,34 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
         repeated = [name for name, count in Counter(ids).items() if count > 1]
         problems += [f"{path}: {name} is listed more than once" for name in repeated]
     if not splits:
-        raise UserError(f"{lists} holds none of {', '.join(SPLITS)} (.txt); add the lists of ids")
-    return Source(classes, entries, splits, tuple(problems))
+        raise UserError(
+            f"{lists} holds none of {', '.join(SPLITS)} (.txt) with images; add the lists of ids"
+        )
+    return Source(classes, entries, splits, tuple(problems), tuple(notes))
 
 
-def read_entry(devkit: Path, name: str, classes: tuple[str, ...], need_labels: bool) -> Entry:
+def read_entry(devkit: Path, name: str, classes: tuple[str, ...], labelled: bool) -> Entry:
     """Describe the image `name`: its labels are the object names of its XML, difficult included.
 
     Args:
         devkit: As in `read_devkit`.
         name: Image id.
         classes: Known names; others are problems of the entry.
-        need_labels: Whether a missing annotation is a problem.
+        labelled: Whether it has an annotation; without one its labels are unknown.
     """
     mask = devkit / "SegmentationClass" / f"{name}.png"
     annotation = devkit / "Annotations" / f"{name}.xml"
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
     problems: tuple[str, ...] = ()
-    if annotation.exists():
+    if labelled and not annotation.exists():
+        problems = (f"{annotation} is missing: an image without a label",)
+    elif labelled:
         try:
             labels = read_annotation(annotation)
         except UserError as error:
             problems = (str(error),)
         else:
             problems = check_labels(labels, classes, str(annotation))
-    elif need_labels:
-        problems = (f"{annotation} is missing: an image without a label",)
     image = devkit / "JPEGImages" / f"{name}.jpg"
     return Entry(image, mask if mask.exists() else None, labels, problems)
 

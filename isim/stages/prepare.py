@@ -89,7 +89,8 @@ def _write_lists(
         rows = [{"id": n, "image": stored(e.image), "mask": stored(e.mask)} for n, e in entries]
         write_csv(out / f"{split}.csv", rows)
     names = sorted(source.entries)
-    labels = [{"id": n, "labels": ";".join(source.entries[n].labels)} for n in names]
+    # Every labelled image has a class, so that an empty cell can tell of unknown labels.
+    labels = [{"id": n, "labels": ";".join(source.entries[n].labels or ())} for n in names]
     write_csv(out / "labels.csv", labels)
     files = [file for name in names for file in checked[name].files]
     manifest = [{"path": stored(path), "bytes": size, "md5": md5} for path, size, md5 in files]
@@ -99,13 +100,16 @@ def _write_lists(
 def _figures(split: str, source: Source, checked: Mapping[str, Checked]) -> dict[str, float]:
     ids = source.splits[split]
     results = [checked[name] for name in ids]
+    labels = [known for name in ids if (known := source.entries[name].labels) is not None]
     figures: dict[str, float] = {
         "images": len(ids),
         "masks": sum(result.pixels is not None for result in results),
-        "labels_per_image": round(sum(len(source.entries[n].labels) for n in ids) / len(ids), 4),
         "labels_without_pixels": sum(result.labels_without_pixels for result in results),
         "pixels_without_label": sum(result.pixels_without_label for result in results),
     }
+    # Of the test set there is none: JSON and MLflow would have nothing to tell.
+    if labels:
+        figures["labels_per_image"] = round(sum(map(len, labels)) / len(labels), 4)
     if split == "trainaug":
         figures["official"] = int(sbd.is_official(ids))
     return {f"{split}.{name}": value for name, value in figures.items()}
@@ -115,7 +119,7 @@ def _counts(source: Source, checked: Mapping[str, Checked]) -> list[dict[str, An
     """For each split and class: labelled images, masks that show it, and its pixels."""
     rows = []
     for split, ids in source.splits.items():
-        labelled = [name for image in ids for name in source.entries[image].labels]
+        labelled = [name for image in ids for name in source.entries[image].labels or ()]
         masks = [pixels for image in ids if (pixels := checked[image].pixels) is not None]
         # A row of zeros, so that a split without masks has sums.
         pixels = np.stack([np.zeros(len(source.classes) + 1, np.int64), *masks])
@@ -133,10 +137,13 @@ def _counts(source: Source, checked: Mapping[str, Checked]) -> list[dict[str, An
 
 
 def _tell(source: Source, figures: Mapping[str, float]) -> None:
+    for note in source.notes:
+        logger.warning("%s", note)
     for split in source.splits:
+        labels = figures.get(f"{split}.labels_per_image")
         print(
             f"{split}: {figures[f'{split}.images']} images, {figures[f'{split}.masks']} masks, "
-            f"{figures[f'{split}.labels_per_image']:.2f} labels an image"
+            + ("labels unknown" if labels is None else f"{labels:.2f} labels an image")
         )
         without_pixels = figures[f"{split}.labels_without_pixels"]
         without_label = figures[f"{split}.pixels_without_label"]

@@ -50,7 +50,7 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
     """
     prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
     everything = prepared.split(params.split)
-    tested = {split: prepared.split(split) for split in params.eval_splits}
+    tested = {split: prepared.split(split, labelled=False) for split in params.eval_splits}
     sources = _sources(name, params.split, everything, root)
     items = tuple(item for item in everything if item.id in sources)
     if params.method == "deeplabv3" and min(params.batch, len(items)) < 2:

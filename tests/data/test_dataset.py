@@ -1,6 +1,7 @@
 """Prepared data loads as written; crops are reproducible and keep image and label aligned."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def write_prepared(directory: Path, root: str = "prepared:", format_: int = 1) -
     about = {"format": format_, "source": "voc", "root": root, "classes": ["cat", "dog"]}
     about["splits"] = {"train": 2, "val": 1, "test": 0}
     (directory / "dataset.json").write_text(json.dumps(about))
-    (directory / "labels.csv").write_text("id,labels\na,cat;dog\nb,dog\nc,\n")
+    (directory / "labels.csv").write_text("id,labels\na,cat;dog\nb,dog\nc,cat\n")
     (directory / "train.csv").write_text(
         "id,image,mask\nb,i/b.jpg,prepared:masks/b.png\na,i/a.jpg,\n"
     )
@@ -54,6 +55,23 @@ def test_unknown_and_empty_splits(tmp_path):
         prepared.split("trainaug")
     with pytest.raises(UserError, match="'test' is empty"):
         prepared.split("test")
+
+
+def test_unknown_labels_are_given_to_who_can_do_without(tmp_path):
+    write_prepared(tmp_path)
+    (tmp_path / "labels.csv").write_text("id,labels\na,cat\nb,\nc,cat\n")
+    prepared = load_prepared(tmp_path, Path)
+    b, a = prepared.split("train", labelled=False)
+    assert b.image_label is None
+    assert a.known_label.tolist() == [1, 0]
+    with pytest.raises(UserError, match="classes of image b are unknown"):
+        _ = b.known_label
+    with pytest.raises(UserError, match=r"split 'train' are unknown \(1 of 2 images\)"):
+        prepared.split("train")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    crops = CropDataset([replace(b, image=tmp_path / "b.png")], 8, MEAN, STD, 0, [])
+    with pytest.raises(UserError, match="classes of image b are unknown"):
+        crops[0]
 
 
 def test_missing_damaged_and_foreign_prepared_data(tmp_path):

@@ -38,11 +38,56 @@ def test_devkit_is_read_as_it_is(tmp_path, make_devkit):
     assert entry.mask == devkit / "SegmentationClass/2007_000001.png"
     assert entry.labels == ("cat", "person")
     assert source.entries["2007_000002"].mask is None
-    # The official test set has no annotations.
-    assert source.entries["2009_000009"].labels == ()
+    assert source.entries["2009_000009"].labels is None
     checked = verify(source)
     assert checked["2007_000002"].pixels is None
     assert checked["2007_000001"].pixels[[8, 15]].tolist() == [32, 32]
+
+
+def test_labels_of_the_test_set_are_unknown_whatever_comes_with_it(tmp_path, make_devkit):
+    devkit = make_devkit(tmp_path, SPLITS | {"test": ["2009_000009"]})
+    # As the server's archive has them, for the person layout task.
+    xml = "<annotation><object><name>person</name></object></annotation>"
+    (devkit / "Annotations/2009_000009.xml").write_text(xml)
+    entry = voc.read_devkit(devkit, voc.CLASSES).entries["2009_000009"]
+    assert entry.labels is None and entry.problems == ()
+
+
+def test_an_image_of_train_keeps_its_labels_in_test(tmp_path, make_devkit):
+    devkit = make_devkit(tmp_path, SPLITS)
+    (devkit / "ImageSets/Segmentation/test.txt").write_text("2007_000001\n")
+    source = voc.read_devkit(devkit, voc.CLASSES)
+    assert source.splits["test"] == ("2007_000001",)
+    assert source.entries["2007_000001"].labels == ("cat", "person")
+
+
+def test_a_mask_of_the_test_set_is_checked_without_labels(tmp_path, make_devkit):
+    devkit = make_devkit(tmp_path, SPLITS | {"test": ["t"]})
+    mask = devkit / "SegmentationClass/t.png"
+    mask.write_bytes((devkit / "SegmentationClass/2007_000001.png").read_bytes())
+    checked = verify(voc.read_devkit(devkit, voc.CLASSES))["t"]
+    assert checked.pixels is not None and checked.pixels[[8, 15]].tolist() == [32, 32]
+    assert checked.labels_without_pixels == checked.pixels_without_label == 0
+
+
+def test_images_of_the_test_set_that_are_not_there_are_left_out(tmp_path, make_devkit):
+    devkit = make_devkit(tmp_path, SPLITS | {"test": ["t1", "t2", "t3"]})
+    (devkit / "JPEGImages/t2.jpg").unlink()
+    source = voc.read_devkit(devkit, voc.CLASSES)
+    assert source.splits["test"] == ("t1", "t3")
+    assert "t2" not in source.entries
+    (note,) = source.notes
+    assert "1 of its 3 images" in note and str(devkit / "JPEGImages") in note
+    for name in ("t1", "t3"):
+        (devkit / f"JPEGImages/{name}.jpg").unlink()
+    source = voc.read_devkit(devkit, voc.CLASSES)
+    assert list(source.splits) == ["train", "val"]
+    assert "3 of its 3 images" in source.notes[0]
+    verify(source)
+    # Of the other splits a missing image stays a problem.
+    (devkit / "JPEGImages/2008_000003.jpg").unlink()
+    with pytest.raises(UserError, match=r"2008_000003\.jpg is missing"):
+        verify(voc.read_devkit(devkit, voc.CLASSES))
 
 
 def test_a_single_list_is_enough(tmp_path, make_devkit):

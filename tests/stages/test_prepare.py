@@ -1,6 +1,7 @@
 """The stage prepare: what it writes loads again, and a failure leaves nothing half-written."""
 
 import csv
+import importlib
 import json
 from contextlib import contextmanager
 from functools import partial
@@ -83,7 +84,8 @@ def test_voc(project, tracked, make_devkit, capsys):
     assert a.mask == devkit / "SegmentationClass/a.png"
     assert b.mask is None
     assert [voc.CLASSES[k] for k in np.flatnonzero(a.image_label)] == ["cat", "person"]
-    assert prepared.split("test")[0].image_label.sum() == 0
+    (test,) = prepared.split("test", labelled=False)
+    assert test.image_label is None and test.mask is None
     # Images stay where they are, and the lists hold on another machine.
     assert json.loads((project / "data/prepared/dataset.json").read_text())["root"] == "$ISIM_DATA"
     written = contents(project / "data/prepared")
@@ -106,7 +108,10 @@ def test_voc(project, tracked, make_devkit, capsys):
     }  # fmt: skip
     assert counts["test", "cat"]["images"] == "0"
     assert len(tracked.tables["counts"]) == 60
-    assert "train: 2 images, 1 masks, 2.00 labels an image" in capsys.readouterr().out
+    assert "test.labels_per_image" not in figures
+    out = capsys.readouterr().out
+    assert "train: 2 images, 1 masks, 2.00 labels an image" in out
+    assert "test: 1 images, 0 masks, labels unknown" in out
 
 
 def test_disagreement_of_labels_and_masks_is_a_counted_warning(project, make_devkit, caplog):
@@ -120,6 +125,42 @@ def test_disagreement_of_labels_and_masks_is_a_counted_warning(project, make_dev
     assert [record.getMessage() for record in caplog.records] == [
         "train: 1 image labels have no pixel in the mask, 1 classes in masks have no image label"
     ]
+
+
+def test_a_test_set_without_its_images_is_left_out_with_a_note(project, make_devkit, caplog):
+    devkit = make_devkit(project.parent / "raw", SPLITS)
+    (devkit / "JPEGImages/t.jpg").unlink()
+    prepare.run(params("voc"), project)
+    assert list(load(project).splits) == ["train", "val"]
+    assert not (project / "data/prepared/test.csv").exists()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("test: 1 of its 1 images are not in")
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("train_cam", {"split": "test"}),
+        ("train_cam", {"eval_split": "test"}),
+        ("export_cams", {"splits": ("train", "test")}),
+        ("train_affinity", {"split": "test"}),
+        ("random_walk", {"splits": ("test",)}),
+        ("train_segmenter", {"split": "test"}),
+    ],
+)
+def test_stages_that_need_image_labels_refuse_the_test_set(
+    stage, change, project, make_devkit, tiny
+):
+    make_devkit(project.parent / "raw", SPLITS)
+    prepare.run(params("voc"), project)
+    split = {"split": "train"} if "eval_split" in change else {}
+    section = getattr(tiny, stage).model_copy(update=split | change)
+    arguments = ("ground_truth",) if stage == "train_segmenter" else ()
+    # Not train_segmenter's test set: that one needs no labels.
+    with pytest.raises(UserError, match="image labels of split 'test' are unknown") as caught:
+        importlib.import_module(f"isim.stages.{stage}").run(section, *arguments, project)
+    assert "\n" not in str(caught.value)
+    assert not (project / "models").exists()
 
 
 def test_voc_with_sbd(project, make_devkit, capsys):
