@@ -145,4 +145,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # The dCRF workers would import this script, and torch, again: no stage makes them do that.
+    del __file__
     sys.exit(main())

@@ -67,4 +67,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # The dCRF workers would import this script, and torch, again: no stage makes them do that.
+    del __file__
     main()

@@ -145,11 +145,7 @@ def copy_tree(source: Path, target: Path) -> None:
         shutil.copytree(source, building)
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot write {target}: {reason}; free space or fix the permissions of "
-            f"{target.parent} and run the same command again"
-        ) from error
+    except OSError as error:  # also shutil.Error
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

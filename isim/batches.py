@@ -75,6 +75,7 @@ class CropBatches:
         """
         self.dataset.set_epoch(epoch)
         count = steps_per_epoch(len(self.dataset), self._params.batch) * self._params.batch
+        # Read anew for every epoch, by this process: the workers that live on get indices from it.
         self._order[:] = epoch_order(len(self.dataset), self._params.seed, epoch)[:count].tolist()
         try:
             for batch in self._loader:

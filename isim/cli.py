@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from isim import atomic
 from isim.errors import UserError
 
 app = typer.Typer(
@@ -172,18 +173,16 @@ def _alone(stage: str, root: Path) -> Iterator[None]:
     from isim.params import home
 
     path = home(root) / ".isim" / f"{stage}.lock"
+    atomic.make_directory(path.parent)
+    lock = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             typer.echo(f"isim: waiting for another run of {stage} to end ({path})", err=True)
             lock.acquire()
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; fix the permissions of {path.parent}"
-        ) from error
+        raise atomic.unwritable(path, error) from error
     try:
         yield
     finally:

@@ -13,9 +13,19 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def renamed(section: str, own: str) -> Iterator[None]:
-    """Name parameters of the section `own` in errors of code that knows them as `section`'s."""
+def renamed(section: str, own: str, *names: str) -> Iterator[None]:
+    """Name parameters of the section `own` in errors of code that knows them as `section`'s.
+
+    Args:
+        section: The section that the errors name.
+        own: The section of the stage that runs.
+        names: The parameters that both have. What else begins with the section's name, such as a
+            file, stays as it is.
+    """
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace(f"{section}.", f"{own}.")) from error
+        text = str(error)
+        for name in names:
+            text = text.replace(f"{section}.{name}", f"{own}.{name}")
+        raise UserError(text) from error

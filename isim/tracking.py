@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel
 
-from isim.atomic import atomic_path
+from isim.atomic import atomic_path, make_directory, unwritable
 from isim.errors import UserError
 from isim.params import digest, home, read_yaml
 
@@ -375,13 +375,11 @@ def _import_mlflow() -> Any:  # noqa: ANN401 - the module, imported late
 
 def _lock(folder: Path) -> FileLock:
     path = folder / ".isim" / "tracking.lock"
+    make_directory(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; fix the permissions of {folder}"
-        ) from error
+        raise unwritable(path, error) from error
     return FileLock(path)
 
 

@@ -1,7 +1,11 @@
 """Rates, seeds, and the state that a run goes on from."""
 
+import ctypes
+import json
 import os
 import random
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -185,3 +189,48 @@ def test_an_interrupted_run_outlives_one_try_of_another(tmp_path):
     assert second.exists()
     engine.remove_resume_folder(second)
     assert not (tmp_path / "resume").exists()
+
+
+# In a process of its own: what pytest has allocated would blur the figures.
+MEMORY = """
+import json
+import psutil
+from isim import engine
+
+def resident():
+    return psutil.Process().memory_info().rss / 2**20
+
+def fill(size):
+    return [b"x" * size for _ in range(2**28 // size)]
+
+found = {"start": resident()}
+with engine.keep_freed_memory():
+    for name, size in (("large", 2**24), ("small", 2**16)):
+        fill(size)
+        found[f"{name}, freed"] = resident()
+        engine.trim_freed_memory()
+        found[f"{name}, trimmed"] = resident()
+found["after"] = resident()
+blocks = fill(2**16)
+holes = blocks[::64]
+del blocks
+found["holes"] = resident()
+engine.trim_freed_memory()
+found["holes, trimmed"] = resident()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
+)
+def test_freed_memory_is_kept_inside_the_block_and_given_back_elsewhere():
+    """In MiB of resident memory, 256 a time; large blocks first, before the heap has their room."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    grown = {name: value - found["start"] for name, value in found.items()}
+    for name in ("small, freed", "small, trimmed", "large, freed", "large, trimmed", "holes"):
+        assert grown[name] > 160, (name, found)
+    for name in ("after", "holes, trimmed"):
+        assert grown[name] < 96, (name, found)

@@ -426,7 +426,7 @@ def load_encoder_weights(network: nn.Module, encoder: str, weights: str, path: P
     """
     if weights == "none":
         return
-    state = _imagenet_state(encoder) if weights == "imagenet" else _file_state(path)
+    state = _imagenet_state(encoder) if weights == "imagenet" else read_weights(path)
     model = network.get_submodule("encoder.model")
     with torch.device("meta"):
         full = set(timm.create_model(encoder.split(".")[0]).state_dict())
@@ -463,7 +463,15 @@ def _imagenet_state(encoder: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _file_state(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file of weights by their names in it, on the CPU.
+
+    Args:
+        path: A safetensors file; a legacy `.pth` is read without unpickling.
+
+    Raises:
+        UserError: No such file, or no plain mapping of names to tensors.
+    """
     if not path.is_file():
         raise UserError(
             f"train_cam.weights: no file {path}; give imagenet, none or an existing file"

@@ -5,8 +5,6 @@ convolutions to the classes; DeepLabv3 (arXiv 1706.05587) projects its branches 
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from isim.errors import UserError
+from isim.errors import UserError, renamed
 from isim.models import cam
 
 ATROUS_RATES: dict[str, dict[int, tuple[int, ...]]] = {
@@ -225,7 +223,7 @@ def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[flo
     Raises:
         UserError: An encoder that timm does not know.
     """
-    with _errors_of_this_stage():
+    with renamed("train_cam", "train_segmenter", "encoder", "weights"):
         return cam.normalization(encoder, kind)
 
 
@@ -267,11 +265,11 @@ def load_weights(
         UserError: As `cam.load_encoder_weights`; decoder keys that are not allowed, or of a
             network of another architecture.
     """
-    with _errors_of_this_stage():
+    with renamed("train_cam", "train_segmenter", "encoder", "weights"):
         if weights in {"none", "imagenet"}:
             cam.load_encoder_weights(network, encoder, weights, path)
             return None
-        state = cam._file_state(path)
+        state = cam.read_weights(path)
         own = network.state_dict()
         names = {key: _own_name(key, own) for key in state}
         with torch.device("meta"):
@@ -291,15 +289,15 @@ def load_weights(
             "is pixel supervision; use ImageNet weights of the encoder alone, or set "
             "train_segmenter.allow_decoder_weights: true, which the results then record"
         )
-    renamed = {names[key]: value for key, value in state.items()}
-    fitting = {k: v for k, v in renamed.items() if k in own and own[k].shape == v.shape}
+    given = {names[key]: value for key, value in state.items()}
+    fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     other_classes = [
         key
         for key in own
         if key.startswith(_CLASS_LAYERS)
-        and key in renamed
-        and renamed[key].shape[1:] == own[key].shape[1:]
-        and renamed[key].shape != own[key].shape
+        and key in given
+        and given[key].shape[1:] == own[key].shape[1:]
+        and given[key].shape != own[key].shape
     ]
     absent = [key for key in own if key not in fitting and key not in other_classes]
     if absent:
@@ -309,7 +307,7 @@ def load_weights(
             f"{absent[0]}); set train_segmenter.method and encoder to the file's, or use imagenet"
         )
     network.load_state_dict(fitting, strict=False)
-    return DecoderWeights(tuple(other_classes), tuple(k for k in renamed if k not in own))
+    return DecoderWeights(tuple(other_classes), tuple(k for k in given if k not in own))
 
 
 def _own_name(key: str, own: dict[str, Tensor]) -> str:
@@ -320,18 +318,6 @@ def _own_name(key: str, own: dict[str, Tensor]) -> str:
     # Last, files whose encoder has no prefix or smp's for encoders of its own.
     others += [f"encoder.model.{key}", f"encoder.model.{key.removeprefix('encoder.')}"]
     return next((name for name in [key, *others] if name in own), key)
-
-
-@contextmanager
-def _errors_of_this_stage() -> Iterator[None]:
-    """Name the parameters of `train_segmenter` in the errors of `cam`."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for name in ("encoder", "weights"):
-            text = text.replace(f"train_cam.{name}", f"train_segmenter.{name}")
-        raise UserError(text) from error
 
 
 def load(path: Path) -> tuple[Segmenter, SegmenterConfig]:

@@ -81,7 +81,7 @@ def run(params: TrainAffinity, root: Path) -> None:
     trained = root / "models/train_cam/model.safetensors"
     engine.seed_all(params.seed)
     # The same code as train_cam's reads the encoder's name and weights.
-    with renamed("train_cam", "train_affinity"):
+    with renamed("train_cam", "train_affinity", "encoder", "weights"):
         mean, std = cam.normalization(params.encoder, params.input_norm)
         config = AffinityConfig(
             params.encoder, params.output_stride, params.stride, params.radius, mean, std

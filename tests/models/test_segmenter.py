@@ -242,6 +242,9 @@ class TestWeights:
         network = network_of(config_of())
         missing = unchanged(network, lambda: load(network, tmp_path / "w.safetensors"))
         assert missing.startswith("train_segmenter.weights: no file")
+        gone = tmp_path / "train_cam.safetensors"
+        with pytest.raises(UserError, match=f"^train_segmenter.weights: no file {gone};"):
+            load(network, gone)
         save_file(timm.create_model("mobilenetv2_100").state_dict(), tmp_path / "w.safetensors")
         for allow in (False, True):
             message = unchanged(
