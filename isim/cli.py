@@ -84,6 +84,13 @@ def preset(
     name: Annotated[
         str | None, typer.Argument(help="Without a name the presets are listed.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[AXIS=VALUE]...",
+            help="Settings of the paper on top of it, such as method=CAM backbone=ResNet-101.",
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
 ) -> None:
     """Write a preset into params.yaml; its comments stay."""
@@ -95,8 +102,9 @@ def preset(
         for key, title in known.items():
             typer.echo(f"{key:<{width}}  {title}")
         return
-    presets.write(name, Path("params.yaml"))
-    typer.echo(f"params.yaml now holds preset {name}; `dvc repro` runs it")
+    presets.write(name, Path("params.yaml"), settings or ())
+    words = f" with {', '.join(settings)}" if settings else ""
+    typer.echo(f"params.yaml now holds preset {name}{words}; `dvc repro` runs it")
 
 
 @app.command()
