@@ -1,4 +1,4 @@
-"""Command line: one command a stage, `preset`, `results` and `tables`.
+"""Command line: one command a stage, `preset`, `results`, `tables` and `curves`.
 
 Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
 """
@@ -139,6 +139,24 @@ def tables(
     typer.echo(text)
     if note:
         typer.echo(f"isim: note: {note}", err=True)
+
+
+@app.command()
+def curves(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(help="DVC experiments, or git revisions, beside the workspace."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("reports/curves.png"),
+    column: Annotated[
+        str, typer.Option(help="cam_miou (before dCRF) or pseudo_label_miou.")
+    ] = "cam_miou",
+) -> None:
+    """Draw mIoU over the epochs, a line each for the workspace and the experiments."""
+    from isim import curves as drawn
+
+    names = drawn.draw(Path.cwd(), experiments or [], column, out)
+    typer.echo(f"{out} shows {', '.join(names)}")
 
 
 def _run(stage: str, *arguments: str) -> None:

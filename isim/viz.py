@@ -184,6 +184,32 @@ def curves(
     _save(figure, path)
 
 
+def epoch_curves(
+    lines: Mapping[str, Sequence[tuple[int, float, bool]]], label: str, path: Path
+) -> None:
+    """Plot figures over the epochs, one line a run, as PNG; dots are where a round followed.
+
+    Args:
+        lines: Name in the legend -> epoch, value and whether a round followed, epochs ascending.
+        label: Caption of the vertical axis, with the unit.
+        path: File to write.
+
+    Raises:
+        UserError: As `write_png`.
+    """
+    figure, axes = _axes(8.0, 4.5 + 0.25 * len(lines))
+    for name, points in lines.items():
+        epochs, values, rounds = zip(*points, strict=True)
+        dots = [place for place, is_round in enumerate(rounds) if is_round]
+        axes.plot(epochs, values, marker="o", markersize=5, markevery=dots, label=name)
+    axes.set_xlabel("epoch (dots: rounds)")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=1)
+    _save(figure, path)
+
+
 def class_bars(
     classes: Sequence[str], series: Mapping[str, Sequence[float]], label: str, path: Path
 ) -> None:

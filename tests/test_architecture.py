@@ -37,7 +37,7 @@ LEVELS = [
         "isim.results",
         "isim.runs",
     },
-    {"isim.tables", "isim.workers", "isim.pictures", "isim.batches"},
+    {"isim.curves", "isim.tables", "isim.workers", "isim.pictures", "isim.batches"},
     {"isim.affinity_workers", "isim.walk_workers"},
     {"isim.regeneration"},
     {"isim.training", "isim.segmenter_training", "isim.prediction"},
@@ -142,7 +142,7 @@ def test_one_word_per_stage():
     from isim.cli import app
 
     modules = {path.stem for path in (ROOT / "isim/stages").glob("*.py")} - {"__init__"}
-    commands = set(get_command(app).commands) - {"preset", "results", "tables"}
+    commands = set(get_command(app).commands) - {"curves", "preset", "results", "tables"}
     # The list of label sets says what a stage runs for; no stage is handed it.
     assert set(STAGES) == set(Params.model_fields) - {"label_sets"} == modules
     assert {stage.replace("_", "-") for stage in STAGES} == commands

@@ -44,7 +44,7 @@ def test_help_names_every_command():
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
     stages = ("prepare", "train-cam", "export-cams", "train-affinity", "random-walk")
-    for name in (*stages, "train-segmenter", "evaluate", "preset", "results", "tables"):
+    for name in (*stages, "train-segmenter", "evaluate", "preset", "results", "tables", "curves"):
         assert f"  {name} " in answer.stdout
 
 
