@@ -1,4 +1,4 @@
-"""Command line: one command a stage, `preset`, `results`, `tables` and `server-archive`.
+"""Command line: one command a stage; presets, results, tables, curves, the server's archive.
 
 Nothing heavy is imported before a command runs, so that `--help` and wrong usage answer at once.
 """
@@ -85,6 +85,13 @@ def preset(
     name: Annotated[
         str | None, typer.Argument(help="Without a name the presets are listed.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[AXIS=VALUE]...",
+            help="Settings of the paper on top of it, such as method=CAM backbone=ResNet-101.",
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
 ) -> None:
     """Write a preset into params.yaml; its comments stay."""
@@ -96,8 +103,9 @@ def preset(
         for key, title in known.items():
             typer.echo(f"{key:<{width}}  {title}")
         return
-    presets.write(name, Path("params.yaml"))
-    typer.echo(f"params.yaml now holds preset {name}; `dvc repro` runs it")
+    presets.write(name, Path("params.yaml"), settings or ())
+    words = f" with {', '.join(settings)}" if settings else ""
+    typer.echo(f"params.yaml now holds preset {name}{words}; `dvc repro` runs it")
 
 
 @app.command()
@@ -148,6 +156,24 @@ def server_archive(
 
     path, count = server.write(Path.cwd(), labels, split, crf, out)
     typer.echo(f"{path}: {count} predictions; upload it to VOC 2012's server as comp6")
+
+
+@app.command()
+def curves(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(help="DVC experiments, or git revisions, beside the workspace."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("reports/curves.png"),
+    column: Annotated[
+        str, typer.Option(help="cam_miou (before dCRF) or pseudo_label_miou.")
+    ] = "cam_miou",
+) -> None:
+    """Draw mIoU over the epochs, a line each for the workspace and the experiments."""
+    from isim import curves as drawn
+
+    names = drawn.draw(Path.cwd(), experiments or [], column, out)
+    typer.echo(f"{out} shows {', '.join(names)}")
 
 
 def _run(stage: str, *arguments: str) -> None:

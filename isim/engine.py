@@ -268,10 +268,11 @@ def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]
 def code_files(stage: str) -> list[Path]:
     """Source files that a stage's result may depend on.
 
-    Not: the command line, MLflow, drawing and the other stages.
+    Not: the command line and what only it uses, MLflow, drawing and the other stages.
     """
     package = Path(__file__).parent
-    aside = {"cli.py", "preset.py", "results.py", "tracking.py", "viz.py", "__main__.py"}
+    aside = {"cli.py", "curves.py", "paper.py", "preset.py", "results.py", "runs.py", "tables.py"}
+    aside |= {"tracking.py", "viz.py", "__main__.py"}
     return [
         path
         for path in sorted(package.rglob("*.py"))

@@ -81,12 +81,22 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A preset that is put together: the value of each axis that it sets."""
+
+    name: str
+    title: str
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Paper:
     """All of `paper.yaml`.
 
-    `preset` holds the values of parameters that cells do not name; `stages` is the pipeline's
-    order; `images` counts the images of whole splits; `profile` is the parameter that is shown
-    beside a measured value.
+    `preset` holds the values of parameters that cells do not name, and `presets` are others on
+    top of it; `axes` has the parameters of each axis's values; `stages` is the pipeline's order;
+    `images` counts the images of whole splits; `profile` is the parameter that is shown beside a
+    measured value.
     """
 
     preset: str
@@ -94,6 +104,8 @@ class Paper:
     images: Mapping[str, int]
     trained: Trained
     profile: str
+    axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    presets: tuple[Preset, ...]
     tables: tuple[Table, ...]
 
     def table(self, name: str) -> Table:
@@ -107,6 +119,51 @@ class Paper:
                 return table
         known = ", ".join(table.name for table in self.tables)
         raise UserError(f"--table: there is no table '{name}'; choose one of {known}")
+
+    def setting(self, text: str) -> tuple[str, str]:
+        """Read `AXIS=VALUE`; case does not matter, and `x` stands for a multiplication sign.
+
+        Raises:
+            UserError: No such axis, or it has no such value.
+        """
+        axis, equals, value = text.partition("=")
+        known = _named(axis, self.axes)
+        if not equals or known is None:
+            raise UserError(
+                f"there is no axis '{axis}'; write AXIS=VALUE with one of {', '.join(self.axes)}"
+            )
+        found = _named(value, self.axes[known])
+        if found is None:
+            raise UserError(
+                f"axis {known} has no '{value}'; choose one of {', '.join(self.axes[known])}"
+            )
+        return known, found
+
+    def parameters(self, settings: Mapping[str, str]) -> dict[str, Any]:
+        """Parameters (dotted names) that settings on axes stand for."""
+        return {
+            name: parameter
+            for axis, value in settings.items()
+            for name, parameter in self.axes[axis][value].items()
+        }
+
+    def expected(self, values: Mapping[str, Any]) -> dict[str, list[float]]:
+        """The paper's figures, by table, that a run with `values` is to give, in percent."""
+        found: dict[str, list[float]] = {}
+        for table in self.tables:
+            for cell in (cell for row in table.cells for cell in row):
+                wanted = {**cell.matched, **cell.parameters}
+                if cell.paper is None or cell.figure is None or cell.figure.file is None:
+                    continue
+                if all(dig(values, name) == value for name, value in wanted.items()):
+                    found.setdefault(table.name, []).append(cell.paper)
+        return found
+
+
+def _named(name: str, known: Iterable[str]) -> str | None:
+    """Which of `known` is meant by `name`, if any."""
+    plain = {entry.casefold().replace("×", "x"): entry for entry in known}
+    return plain.get(name.strip().casefold().replace("×", "x"))
 
 
 def load() -> Paper:
@@ -128,6 +185,10 @@ def parse(tree: Mapping[str, Any]) -> Paper:
         trained=Trained(**tree["trained"]),
         images=tree["images"],
         profile=tree["profile"],
+        axes=tree["axes"],
+        presets=tuple(
+            Preset(entry["name"], entry["title"], entry["with"]) for entry in tree["presets"]
+        ),
         tables=tuple(_table(entry, tree) for entry in tree["tables"]),
     )
 

@@ -138,6 +138,7 @@ class TrainCam(Section):
     `encoder` is any timm encoder that has maps at strides 2 (or 4) to `output_stride` and takes
     images of any size. `decoder_channels` is the width of the decoder's widest map (ASPP; first
     of the U-Net's steps, each half the one before); `atrous_rates` serve the DeepLabs only.
+    `score_every` counts epochs; 0 stands for never.
     """
 
     method: Annotated[str, AfterValidator(_known_method)]
@@ -158,6 +159,7 @@ class TrainCam(Section):
     round_rule: Literal["frequency", "convergence"]
     round_every: Positive
     convergence: Converged
+    score_every: NonNegative
     segmentation_weight: Rate
     optimizer: Optimizer
     precision: Precision

@@ -1,5 +1,11 @@
-"""Presets: complete sets of parameters that `isim preset NAME` writes into params.yaml."""
+"""Presets: complete sets of parameters that `isim preset NAME` writes into params.yaml.
 
+Some are files; the others are settings on the axes of `paper.yaml` on top of a file, and so is
+whatever is asked for with further settings.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -8,15 +14,18 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from isim import paper as papers
 from isim.atomic import write_text
 from isim.errors import UserError
+from isim.paper import Paper
 from isim.params import read_yaml, validate
 
 
 def titles() -> dict[str, str]:
-    """Names of the presets, each with the first comment line of its file."""
+    """Names of the presets, each with what it is: files first, then those put together."""
     files = sorted(folder().glob("*.yaml"))
-    return {file.stem: file.read_text().splitlines()[0].lstrip("# ") for file in files}
+    written = {file.stem: file.read_text().splitlines()[0].lstrip("# ") for file in files}
+    return written | {entry.name: entry.title for entry in papers.load().presets}
 
 
 def folder() -> Path:
@@ -24,31 +33,94 @@ def folder() -> Path:
     return Path(str(resources.files("isim"))) / "presets"
 
 
-def write(name: str, path: Path) -> None:
-    """Write the values of preset `name` into the parameter file `path`, keeping its comments.
-
-    A missing file is written as the preset stands.
+def text(name: str, settings: Sequence[str] = ()) -> str:
+    """YAML of a preset, opened by four comments: title, expected figures, time, command.
 
     Args:
         name: Name of a preset, as `titles` lists them.
-        path: The parameter file; it changes in one step or not at all.
+        settings: `AXIS=VALUE`, on top of it.
 
     Raises:
-        UserError: Unknown name; `path` is no valid YAML, holds a parameter that does not exist
-            or cannot be written.
+        UserError: Unknown name, axis or value; settings that do not go together.
     """
     known = titles()
     if name not in known:
         raise UserError(f"unknown preset {name}; known: {', '.join(known)}")
-    source = folder() / f"{name}.yaml"
+    paper = papers.load()
+    extra = dict(map(paper.setting, settings))
+    made = {entry.name: entry for entry in paper.presets}
+    base = paper.preset if name in made else name
+    written = (folder() / f"{base}.yaml").read_text()
+    if base == name and not extra:
+        return written
+    own = made[name].settings if name in made else {}
+    tree = YAML(typ="rt").load(_without_head(written))
+    merge(tree, _nested(paper.parameters({**own, **extra})))
+    body = dump(tree)
+    values = YAML(typ="safe").load(body)
+    words = [f"{axis}={value}" for axis, value in extra.items()]
+    validate(values, " ".join((name, *words)))
+    head = (
+        "; ".join((known[name], *words)),
+        f"expected: {_expected(paper, values)}",
+        f"time: not measured here; see preset {base}, of which settings differ",
+        f"run: {shlex.join(('isim', 'preset', name, *words))} && dvc repro",
+    )
+    return "".join(f"# {line}\n" for line in head) + "\n" + body
+
+
+def write(name: str, path: Path, settings: Sequence[str] = ()) -> None:
+    """Write the values of a preset into the parameter file `path`, keeping its comments.
+
+    A missing file is written as the preset stands.
+
+    Args:
+        name: As for `text`.
+        path: The parameter file; it changes in one step or not at all.
+        settings: As for `text`.
+
+    Raises:
+        UserError: As `text`; `path` is no valid YAML, holds a parameter that does not exist
+            or cannot be written.
+    """
+    source = text(name, settings)
     if not path.exists():
-        write_text(path, source.read_text())
+        write_text(path, source)
         return
     tree = read_yaml(path)
-    merge(tree, read_yaml(source))
-    text = dump(tree)
-    validate(YAML(typ="safe").load(text), str(path))
-    write_text(path, text)
+    merge(tree, YAML(typ="rt").load(source))
+    result = dump(tree)
+    validate(YAML(typ="safe").load(result), str(path))
+    write_text(path, result)
+
+
+def _without_head(source: str) -> str:
+    """The text after the comments that a file opens with, which tell of that file alone."""
+    lines = source.splitlines(keepends=True)
+    while lines and (lines[0].startswith("#") or not lines[0].strip()):
+        del lines[0]
+    return "".join(lines)
+
+
+def _nested(parameters: Mapping[str, Any]) -> CommentedMap:
+    """Parameters by dotted name as a tree that `merge` takes."""
+    tree: dict[str, Any] = {}
+    for name, value in parameters.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return YAML(typ="rt").load(dump(tree))
+
+
+def _expected(paper: Paper, values: Mapping[str, Any]) -> str:
+    """The paper's figures of these parameters, with the table to look up what each is."""
+    figures = paper.expected(values)
+    if not figures:
+        return "the paper has no figure of this"
+    tables = (f"table {name}: {', '.join(map(str, found))}" for name, found in figures.items())
+    return f"{'; '.join(tables)} (%, the paper's; `isim tables` says of what)"
 
 
 def merge(tree: CommentedMap, values: CommentedMap) -> None:

@@ -228,6 +228,41 @@ def regenerate(
     )
 
 
+def score_seeds(
+    network: CamNetwork,
+    config: CamConfig,
+    items: Sequence[Item],
+    settings: CamSettings,
+    threshold: float,
+    device: torch.device,
+) -> float:
+    """Score seeds as `regenerate` does, without dCRF and without writing anything.
+
+    Args:
+        network: Gives the CAMs; left in evaluation mode.
+        config: Its configuration.
+        items: Images; those without a ground truth are left out.
+        settings: Scales, flip and precision of the CAMs.
+        threshold: Height of the background plane.
+        device: Where the network is.
+
+    Returns:
+        The mIoU, `cam_miou` of `Scores.row`; nan without any mask.
+
+    Raises:
+        UserError: An unreadable image or mask.
+    """
+    num_labels = len(config.classes) + 1
+    confusion = np.zeros((num_labels, num_labels), np.int64)
+    scored = [item for item in items if item.mask is not None]
+    for item, cam in cams(network, config, scored, settings, device):
+        seed = seeds.seed(cam.cpu().numpy(), class_ids(item), threshold)
+        if item.mask is not None:
+            truth = files.read_truth(item.mask, seed.shape, num_labels)
+            confusion += metrics.confusion_matrix(truth, seed, num_labels)
+    return metrics.miou(confusion)
+
+
 def _sweep_counts(
     truth: NDArray[np.uint8],
     best: NDArray[np.uint8],

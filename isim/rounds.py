@@ -1,4 +1,7 @@
-"""When a round is due: the two procedures of Fig. 4, fixed frequency and convergence (spec 3.2)."""
+"""When a round is due: the two procedures of Fig. 4, fixed frequency and convergence (spec 3.2).
+
+And after which other epochs the CAMs are measured, so that procedures can be compared.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,3 +85,8 @@ def due(params: TrainCam, rows: Sequence[Mapping[str, float]], round_ends: Seque
         return len(since) == params.round_every
     rule = Convergence(**params.convergence.model_dump())
     return rule.due([(row["classification_loss"], row["segmentation_loss"]) for row in since])
+
+
+def measured(params: TrainCam, epoch: int) -> bool:
+    """Tell whether the CAMs are scored after `epoch` (1-based) though no round follows it."""
+    return params.score_every > 0 and epoch % params.score_every == 0

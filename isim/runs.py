@@ -21,6 +21,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim.errors import UserError
+
 Tree = Mapping[str, Any]
 
 
@@ -123,6 +125,57 @@ def from_dvc(states: list[Tree], lock_at: Callable[[str], str | None]) -> list[R
     return runs
 
 
+def at(root: Path, name: str, path: str) -> tuple[str, Tree | None] | None:
+    """Read one report of an experiment or a git revision, without a checkout.
+
+    Args:
+        root: Project folder.
+        name: An experiment's name (the newest of that name), else a git revision.
+        path: Of the report, relative to the project folder.
+
+    Returns:
+        Its text and the parameters that it was made with (`lineage`); None when the revision
+        has no such report, or neither DVC's cache nor its remote does.
+
+    Raises:
+        UserError: There is no such experiment or revision.
+    """
+    # Imported here: it takes a second, and only this needs it.
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    revision = _resolve(root, name)
+    try:
+        text = dvc.api.read(path, repo=str(root), rev=revision)
+    except (OSError, DvcException):
+        return None
+    return text, lineage(_parse_lock(_lock_at(root, revision) or ""), path)
+
+
+def _resolve(root: Path, name: str) -> str:
+    """Commit of an experiment or of a git revision."""
+    try:
+        form = "--format=%(objectname) %(refname)"
+        listed = _output(root, "git", "for-each-ref", "--sort=-creatordate", form, "refs/exps")
+        for line in listed.splitlines():
+            commit, ref = line.split(" ", 1)
+            parts = ref.split("/")
+            if _is_experiment(parts) and parts[4] == name:
+                return commit
+        words = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+        return _output(root, "git", *words).strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"there is no experiment or git revision '{name}'; `dvc exp list --all-commits` "
+            "lists the experiments"
+        ) from error
+
+
+def _is_experiment(parts: list[str]) -> bool:
+    """Tell refs/exps/<2 digits>/<38 digits>/<name> from refs that are DVC's own."""
+    return len(parts) == 5 and len(parts[2]) == 2 and len(parts[3]) == 38
+
+
 def lineage(lock: Tree, path: str) -> dict[str, Any] | None:
     """Parameters of the stage that wrote `path` and of all before it.
 
@@ -184,9 +237,8 @@ def _parse_lock(text: str) -> Tree:
 def _exp_show(root: Path) -> list[Tree]:
     """Output of `dvc exp show` for HEAD and every commit that an experiment starts from."""
     listed = _output(root, "git", "for-each-ref", "--format=%(refname)", "refs/exps")
-    # refs/exps/<2 digits>/<38 digits>/<name>; others, as refs/exps/exec, are DVC's own.
     parts = [line.split("/") for line in listed.splitlines()]
-    starts = {p[2] + p[3] for p in parts if len(p) == 5 and len(p[2]) == 2 and len(p[3]) == 38}
+    starts = {p[2] + p[3] for p in parts if _is_experiment(p)}
     revisions = [word for start in ("HEAD", *sorted(starts)) for word in ("--rev", start)]
     dvc = (sys.executable, "-m", "dvc", "exp", "show", "--json", *revisions)
     return json.loads(_output(root, *dvc))

@@ -76,7 +76,7 @@ def picture_strip(
     Returns:
         (H', W', 3) uint8 RGB; the same size whether or not there is a truth.
     """
-    cells = [(cam_overlay(image, cam), PHOTO, "CAM"), (colorize(label), LABEL, "pseudo-label")]
+    cells = [(cam_overlay(image, cam), PHOTO, "CAM"), (colorize(label), LABEL, caption)]
     return _strip(image, truth, cells, columns)
 
 
@@ -181,6 +181,32 @@ def curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def epoch_curves(
+    lines: Mapping[str, Sequence[tuple[int, float, bool]]], label: str, path: Path
+) -> None:
+    """Plot figures over the epochs, one line a run, as PNG; dots are where a round followed.
+
+    Args:
+        lines: Name in the legend -> epoch, value and whether a round followed, epochs ascending.
+        label: Caption of the vertical axis, with the unit.
+        path: File to write.
+
+    Raises:
+        UserError: As `write_png`.
+    """
+    figure, axes = _axes(8.0, 4.5 + 0.25 * len(lines))
+    for name, points in lines.items():
+        epochs, values, rounds = zip(*points, strict=True)
+        dots = [place for place, is_round in enumerate(rounds) if is_round]
+        axes.plot(epochs, values, marker="o", markersize=5, markevery=dots, label=name)
+    axes.set_xlabel("epoch (dots: rounds)")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=1)
     _save(figure, path)
 
 

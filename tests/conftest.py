@@ -1,7 +1,10 @@
 """Fixtures that several test modules share."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,3 +158,36 @@ def project(prepared_project, tmp_path, recorder):
     """A prepared project of the test's own."""
     shutil.copytree(prepared_project, tmp_path / "project")
     return tmp_path / "project"
+
+
+@pytest.fixture
+def make_repository(tmp_path, monkeypatch):
+    """A function that makes a repository of one stage, run once: its folder and a caller."""
+    for name in [name for name in os.environ if name.startswith(("DVC_", "GIT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("GLOBAL_CONFIG_DIR", "SYSTEM_CONFIG_DIR", "SITE_CACHE_DIR"):
+        monkeypatch.setenv(f"DVC_{name}", str(tmp_path / name))
+    folder = tmp_path / "project"
+    folder.mkdir()
+
+    def call(*command):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def make(pipeline, script):
+        call("git", "init", "--quiet")
+        call("git", "config", "user.name", "Tester")
+        call("git", "config", "user.email", "tester@example.org")
+        call("dvc", "init", "--quiet")
+        (folder / "params.yaml").write_text("train_cam:\n  crop: 256\n")
+        (folder / "dvc.yaml").write_text(pipeline)
+        (folder / "report.py").write_text(script)
+        call("dvc", "repro", "--quiet")
+        call("git", "add", "--all")
+        call("git", "commit", "--quiet", "--message", "run")
+        return folder, call
+
+    return make

@@ -20,6 +20,7 @@ import torch
 
 from isim import engine, params, segmenter_training, tracking, training
 from isim.data import files
+from isim.labels import seeds
 from isim.stages import export_cams, random_walk, train_affinity, train_cam, train_segmenter
 
 STAGES = {
@@ -83,6 +84,10 @@ MOMENTS = {
     "before a step of the optimizer": lambda: before(torch.optim.SGD, "step"),
     "after a state was saved": lambda: after(engine, "save_state"),
     "after a label map": lambda: after(files, "write_label_map"),
+    "before an image is scored": lambda: before(seeds, "seed"),
+    "when a measurement is renamed": lambda: before(
+        Path, "replace", lambda _, to: to.name.startswith("measured_")
+    ),
     "after a CAM": lambda: after(files, "write_cam"),
     "when a CAM is renamed": lambda: before(Path, "replace", lambda _, to: to.suffix == ".npz"),
     "when a model is renamed": lambda: before(

@@ -14,7 +14,7 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from isim import cli, preset
+from isim import cli, params, preset
 from isim.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def test_help_names_every_command():
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
     stages = ("prepare", "train-cam", "export-cams", "train-affinity", "random-walk")
-    others = ("preset", "results", "tables", "server-archive")
+    others = ("preset", "results", "tables", "curves", "server-archive")
     for name in (*stages, "train-segmenter", "evaluate", *others):
         assert f"  {name} " in answer.stdout
 
@@ -194,8 +194,7 @@ def test_a_preset_is_written_and_comments_stay(name, project, monkeypatch, capsy
     code, out, _ = run_main(monkeypatch, capsys, "preset", name)
     assert code == 0 and name in out
     text = (project / "params.yaml").read_text()
-    wanted = (preset.folder() / f"{name}.yaml").read_text()
-    assert YAML(typ="safe").load(text) == YAML(typ="safe").load(wanted)
+    assert YAML(typ="safe").load(text) == YAML(typ="safe").load(preset.text(name))
     assert comments(text) == comments(PARAMS)
     assert "[" not in "".join(line.split("#")[0] for line in text.splitlines()), "block style"
 
@@ -233,6 +232,34 @@ def test_an_unknown_preset_lists_the_known(project, monkeypatch, capsys):
     code, _, err = run_main(monkeypatch, capsys, "preset", "tony")
     assert code == 2 and "tony" in err and "tiny" in err
     assert (project / "params.yaml").read_text() == PARAMS
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["colour=red"], "no axis 'colour'; write AXIS=VALUE with one of method, backbone"),
+        (["method"], "no axis 'method'; write AXIS=VALUE"),
+        (["backbone=ResNet-18"], "backbone has no 'ResNet-18'; choose one of ResNet-50, ResNet-1"),
+        (["size=320x320", "procedure="], "procedure has no ''"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny", "voc-rounds-every-2"])
+def test_unknown_settings_are_one_line_and_nothing_is_written(
+    name, settings, words, project, monkeypatch, capsys
+):
+    code, out, err = run_main(monkeypatch, capsys, "preset", name, *settings)
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+    assert (project / "params.yaml").read_text() == PARAMS
+
+
+def test_a_preset_with_settings_is_written(project, monkeypatch, capsys):
+    words = ("method=CAM", "backbone=ResNet-101", "procedure=every 2 epochs")
+    code, out, _ = run_main(monkeypatch, capsys, "preset", "voc-deeplabcam-resnet50", *words)
+    assert code == 0 and all(word in out for word in words)
+    written = params.load(project / "params.yaml")
+    assert (written.train_cam.method, written.train_cam.round_every) == ("cam", 2)
+    assert written.train_cam.encoder == written.train_affinity.encoder == "resnet101.tv_in1k"
+    assert comments((project / "params.yaml").read_text()) == comments(PARAMS)
 
 
 def test_a_preset_leaves_a_file_with_unknown_parameters_alone(project):

@@ -118,6 +118,7 @@ def test_the_code_of_a_result_is_all_but_its_presentation():
     names = {path.name for path in engine.code_files("train_cam")}
     assert {"engine.py", "train_cam.py", "crf.py", "losses.py", "dataset.py"} <= names
     assert not {"cli.py", "tracking.py", "viz.py", "evaluate.py"} & names
+    assert not {"curves.py", "paper.py", "preset.py", "runs.py", "tables.py"} & names
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])

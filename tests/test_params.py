@@ -13,7 +13,7 @@ from isim import params, preset
 from isim.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(preset.folder().glob("*.yaml"))
+PRESETS = sorted(preset.titles())
 
 
 def plain(path):
@@ -36,20 +36,25 @@ def ordered(value):
     return [(k, ordered(v)) for k, v in value.items()] if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_is_valid_and_has_the_structure_of_params_yaml(path, tree):
-    values = plain(path)
-    params.validate(values, path.name)
+def values_of(name):
+    return YAML(typ="safe").load(preset.text(name))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_valid_and_has_the_structure_of_params_yaml(name, tree):
+    values = values_of(name)
+    params.validate(values, name)
     assert ordered(structure(values)) == ordered(structure(tree))
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_opens_with_what_it_is(path):
-    head = path.read_text().splitlines()[:4]
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_opens_with_what_it_is(name):
+    *head, blank = preset.text(name).splitlines()[:5]
+    assert not blank and head[0] == f"# {preset.titles()[name]}"
     assert all(line.startswith("# ") for line in head)
     assert head[1].startswith("# expected: ")
     assert head[2].startswith("# time: ")
-    assert head[3].startswith(f"# run: isim preset {path.stem} && dvc repro")
+    assert head[3].startswith(f"# run: isim preset {name} && dvc repro")
 
 
 def test_params_yaml_is_the_demo(tree):
@@ -63,7 +68,7 @@ def test_the_issue_names_these_presets():
 
 @pytest.mark.parametrize("method", ["cam", "deeplabcam"])
 def test_the_paper_presets_hold_the_values_of_section_4_1(method):
-    values = params.validate(plain(preset.folder() / f"voc-{method}-resnet50.yaml"), method)
+    values = params.validate(values_of(f"voc-{method}-resnet50"), method)
     train = values.train_cam
     assert train.method == method
     rule = (train.round_rule, train.warmup_epochs, train.round_every)
@@ -98,6 +103,7 @@ def test_every_method_is_accepted(method, tree):
         ("train_cam", {"method": "smp:"}, "smp:FPN"),
         ("train_cam", {"threshold": 1.5}, "train_cam.threshold"),
         ("train_cam", {"scales": []}, "train_cam.scales"),
+        ("train_cam", {"score_every": -1}, "train_cam.score_every"),
         ("train_cam", {"segmentation_weight": float("nan")}, "segmentation_weight"),
         ("train_cam", {"epochs": "many"}, "'many'"),
         ("evaluate", {"sweep_start": 0.9, "sweep_stop": 0.1}, "sweep_start"),

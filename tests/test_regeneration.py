@@ -16,7 +16,15 @@ from isim.errors import UserError
 from isim.labels import crf, seeds
 from isim.models import cam
 from isim.models.inference import multi_scale_cam
-from isim.regeneration import CamSettings, ahead, cams, class_ids, refine_all, regenerate
+from isim.regeneration import (
+    CamSettings,
+    ahead,
+    cams,
+    class_ids,
+    refine_all,
+    regenerate,
+    score_seeds,
+)
 from isim.workers import RefineTask, dense, sparse
 
 CPU = torch.device("cpu")
@@ -109,6 +117,18 @@ def test_labels_and_scores_are_those_of_the_definition(reference, model, items, 
     row = scores.row()
     assert row["cam_miou"] == metrics.miou(before)
     assert row["pseudo_label_miou"] == metrics.miou(after)
+
+
+def test_seeds_are_scored_as_in_a_round_and_nothing_is_written(reference, model, items, tmp_path):
+    miou = reference[1].row()["cam_miou"]
+    before = {name: value.clone() for name, value in model[0].state_dict().items()}
+    assert score_seeds(*model, items, SETTINGS, 0.3, CPU) == miou
+    assert score_seeds(*model, items, SETTINGS, 0.5, CPU) != miou
+    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict().items())
+    # An image without a mask costs nothing, not even that it is read.
+    gone = Item("gone", tmp_path / "gone.jpg", None, items[0].image_label)
+    assert score_seeds(*model, [*items, gone], SETTINGS, 0.3, CPU) == miou
+    assert np.isnan(score_seeds(*model, [gone], SETTINGS, 0.3, CPU))
 
 
 def test_cams_of_the_pictured_images_are_kept_at_full_size(reference, items):

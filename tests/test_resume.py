@@ -139,13 +139,34 @@ def test_a_training_that_is_killed_again_and_again_ends_bit_equal(unbroken, copi
     assert [life["images"] for life in broken] == [0, 0, 5, 4, 8, 16, 0]
     assert last == {"signal": KILLED, "epochs": [], "images": 0}
     expected = outs(unbroken)
-    assert len(expected) == 3 + 32 + 4 + 5
+    assert len(expected) == 3 + 32 + 5 + 5
     assert_equal_outs(outs(root), expected)
     # Half of the resume state is gone: what is left of it must not be taken for a whole.
     (again,) = lives(root, UNBROKEN)
     assert again["signal"] == ENDED
     assert_equal_outs(outs(root), expected)
     assert not (root / ".isim/resume/train_cam").exists()
+
+
+def test_a_measurement_that_is_killed_is_made_again_and_nothing_else(copies, lives):
+    whole, root = copies(), copies()
+    # One round, after the first epoch; 16 images scored after each of the others.
+    options = {"epochs": 4, "round_every": 9}
+    lives(whole, UNBROKEN, **options)
+    found = lives(
+        root,
+        ("before an image is scored", 16 + 5),  # in the second measurement, after epoch 3
+        ("before an image is scored", 5),  # again
+        ("when a measurement is renamed", 1),
+        ("before an image is scored", 16 + 3),  # in the third
+        UNBROKEN,
+        **options,
+    )
+    assert [life["signal"] for life in found] == [KILLED] * 4 + [ENDED]
+    assert [life["epochs"] for life in found] == [[1, 2, 3], [], [], [4], []]
+    assert_equal_outs(outs(root), outs(whole))
+    rows = (root / "reports/train_cam/miou.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [["1", "1"], ["2", ""], ["3", ""], ["4", ""]]
 
 
 def test_changed_parameters_start_anew_and_bf16_ends_bit_equal_too(copies, lives):

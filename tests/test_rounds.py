@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isim.rounds import Convergence, due
+from isim.rounds import Convergence, due, measured
 
 LOSSES = st.integers(0, 800).map(lambda value: value / 8)
 PAIRS = st.lists(st.tuples(LOSSES, LOSSES), max_size=12)
@@ -128,3 +128,9 @@ def test_convergence_starts_after_the_warm_up_and_forgets_what_was_before_a_roun
     # One loss that goes on falling puts the round off, up to the cap.
     slow = [(0.2, 0.8**epoch) for epoch in range(12)]
     assert ends(params, warm + slow) == [3, 12]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
+def test_cams_are_measured_every_so_many_epochs(every, expected, tiny):
+    params = tiny.train_cam.model_copy(update={"score_every": every})
+    assert [epoch for epoch in range(1, 7) if measured(params, epoch)] == expected

@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from isim import runs
+from isim.errors import UserError
 
 
 def stage(params, deps, outs):
@@ -173,32 +170,9 @@ json.dump({"crop": crop}, open("reports/train_cam/metrics.json", "w"))
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
+def repository(make_repository):
     """A repository whose one stage reports a parameter."""
-    for name in [name for name in os.environ if name.startswith(("DVC_", "GIT_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    for name in ("GLOBAL_CONFIG_DIR", "SYSTEM_CONFIG_DIR", "SITE_CACHE_DIR"):
-        monkeypatch.setenv(f"DVC_{name}", str(tmp_path / name))
-    folder = tmp_path / "project"
-    folder.mkdir()
-
-    def call(*command):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    call("git", "init", "--quiet")
-    call("git", "config", "user.name", "Tester")
-    call("git", "config", "user.email", "tester@example.org")
-    call("dvc", "init", "--quiet")
-    (folder / "params.yaml").write_text("train_cam:\n  crop: 256\n")
-    (folder / "dvc.yaml").write_text(PIPELINE)
-    (folder / "report.py").write_text(SCRIPT)
-    call("dvc", "repro", "--quiet")
-    call("git", "add", "--all")
-    call("git", "commit", "--quiet", "--message", "run")
-    return folder, call
+    return make_repository(PIPELINE, SCRIPT)
 
 
 def test_real_experiments_are_read_with_what_they_ran_with(repository):
@@ -215,3 +189,19 @@ def test_real_experiments_are_read_with_what_they_ran_with(repository):
     assert crops["workspace"] == 256 and crops["larger"] == 320
     assert all(run.reports[path] == {"crop": crops[run.name]} for run in found)
     assert 512 not in crops.values() and len(found) == 4
+
+
+def test_a_report_is_read_from_a_revision_without_a_checkout(repository):
+    folder, call = repository
+    call("dvc", "exp", "run", "--quiet", "--temp", "-n", "larger", "-S", "train_cam.crop=320")
+    path = "reports/train_cam/metrics.json"
+    (folder / path).unlink()
+    for name, crop in (("larger", 320), ("HEAD", 256)):
+        text, parameters = runs.at(folder, name, path)
+        assert json.loads(text) == {"crop": crop} and parameters == {"train_cam": {"crop": crop}}
+    assert not (folder / path).exists()
+    assert runs.at(folder, "larger", "reports/other.json") is None
+    for name in ("smaller", "--all", "HEAD~7"):
+        with pytest.raises(UserError, match=f"no experiment or git revision '{name}'") as caught:
+            runs.at(folder, name, path)
+        assert "\n" not in str(caught.value)

@@ -37,6 +37,18 @@ def test_strip_is_captioned_and_keeps_label_colours(shape):
         assert caption.min() < 100 < caption.max()
 
 
+def test_the_caption_of_the_label_map_is_the_callers():
+    image, label = np.full((40, 60, 3), 200, np.uint8), np.ones((40, 60), np.uint8)
+    usual, other = (
+        viz.picture_strip(image, label, np.zeros((5, 5)), label, 4, caption)
+        for caption in ("pseudo-label", "random walk")
+    )
+    differs = (usual != other).any(axis=(0, 2))
+    last = usual.shape[1] - (usual.shape[1] - viz.GAP) // 4
+    assert differs.any() and not differs[:last].any()
+    assert (usual[viz.CAPTION :] == other[viz.CAPTION :]).all()
+
+
 def test_strip_may_be_folded():
     image, label = np.full((50, 70, 3), 7, np.uint8), np.ones((50, 70), np.uint8)
     flat = viz.picture_strip(image, None, np.zeros((50, 70)), label)

@@ -1,7 +1,8 @@
 """Train with the ISIM loop (paper Algorithm 1): warm-up, then rounds of pseudo-labels.
 
 Resume rule: after every epoch the state (weights, optimizer, figures so far) is saved; a round
-keeps a journal of finished images. The same command continues from there as long as the
+keeps a journal of finished images, and each finished measurement is a file. The same command
+continues from there as long as the
 parameters, the prepared data and the code are the same, and ends as if never interrupted.
 """
 
@@ -20,7 +21,9 @@ from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
 from isim.models import cam
 from isim.params import TrainCam, digest, home, resolve_path
-from isim.regeneration import CamSettings, Scores, regenerate
+from isim.regeneration import CamSettings, Scores, regenerate, score_seeds
+
+MIOUS = ("cam_miou", "pseudo_label_miou")
 
 
 def run(params: TrainCam, root: Path) -> None:
@@ -76,8 +79,8 @@ def run(params: TrainCam, root: Path) -> None:
         tracked.tag("precision", precision)
         tracked.tag("device", str(device))
 
-        def finish_round(number: int, epoch: int) -> None:
-            """Make the round's labels (or the rest of them), then train on them."""
+        def finish_round(number: int, epoch: int) -> dict[str, Any]:
+            """Make the round's labels (or the rest of them), train on them; return its row."""
             name = f"round_{number:02d}"
             labels = resume / "pseudo_labels" / name
             record = resume / f"{name}.json"
@@ -118,9 +121,21 @@ def run(params: TrainCam, root: Path) -> None:
                 tracked.image(f"pictures/{item.id}", cells, step=number)
             if params.method != "cam":
                 dataset.use_labels(number - 1)
+            return row
+
+        def measure(epoch: int) -> dict[str, Any]:
+            """Score the CAMs as they are after `epoch`, or read what was found before."""
+            record = resume / f"measured_{epoch:04d}.json"
+            if not record.exists():
+                miou = score_seeds(network, config, items, settings, params.threshold, device)
+                # As a round's record: nan must come back as nan.
+                atomic.write_text(record, json.dumps({"epoch": epoch, "cam_miou": miou}))
+                tqdm.write(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
+            return json.loads(record.read_text())
 
         rows = progress["epochs"]
         round_ends: list[int] = []
+        mious: list[dict[str, Any]] = []
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
                 row = training.train_epoch(
@@ -144,7 +159,14 @@ def run(params: TrainCam, root: Path) -> None:
             tracked.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
             if rounds.due(params, rows[:epoch], round_ends):
                 round_ends.append(epoch)
-                finish_round(len(round_ends), epoch)
+                mious.append(finish_round(len(round_ends), epoch))
+            elif rounds.measured(params, epoch):
+                mious.append(measure(epoch))
+            else:
+                continue
+            # Beside the rounds' figures, whose steps are rounds.
+            by_epoch = {f"{k}_by_epoch": mious[-1][k] for k in MIOUS if k in mious[-1]}
+            tracked.metrics(by_epoch, step=epoch)
 
         engine.save_tensors(
             resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
@@ -155,9 +177,9 @@ def run(params: TrainCam, root: Path) -> None:
         ]
         _publish(root, resume, finished, rows, shown)
         weights_md5 = tracking.md5(weights) if weights.is_file() else None
-        _report(params, root, finished, rows, precision, items, weights_md5)
+        _report(params, root, finished, rows, mious, precision, items, weights_md5)
         last = finished[-1]["row"]
-        tracked.headline({k: last[k] for k in ("cam_miou", "pseudo_label_miou")})
+        tracked.headline({k: last[k] for k in MIOUS})
         tracked.table("per_class", [row for entry in finished for row in entry["per_class"]])
         tracked.artifact_file(root / "reports/train_cam/rounds.csv")
         tracked.register_model("cam", root / "models/train_cam/model.safetensors")
@@ -218,14 +240,17 @@ def _report(
     root: Path,
     entries: list[dict[str, Any]],
     epochs: list[dict[str, Any]],
+    mious: list[dict[str, Any]],
     precision: str,
     items: tuple[Item, ...],
     weights_md5: str | None,
 ) -> None:
-    """Write reports/train_cam: a row a round, an epoch, a class, and the headline."""
+    """Write reports/train_cam: a row a round, an epoch, a measurement, a class; the headline."""
     reports = root / "reports/train_cam"
     atomic.write_csv(reports / "rounds.csv", [entry["row"] for entry in entries])
     atomic.write_csv(reports / "epochs.csv", epochs)
+    columns = ("epoch", "round", *MIOUS)
+    atomic.write_csv(reports / "miou.csv", [{c: row.get(c, "") for c in columns} for row in mious])
     per_class = [row for entry in entries for row in entry["per_class"]]
     atomic.write_csv(reports / "per_class.csv", per_class)
     last = entries[-1]["row"]

@@ -118,6 +118,14 @@ class TestFinished:
             present = [value for value in ious if not math.isnan(value)]
             assert float(row["cam_miou"]) == pytest.approx(sum(present) / len(present))
 
+    def test_the_miou_has_a_row_a_round_and_a_measurement(self, finished_project):
+        reports = finished_project / "reports/train_cam"
+        rows, rounds = read_rows(reports / "miou.csv"), read_rows(reports / "rounds.csv")
+        assert [(row["epoch"], row["round"]) for row in rows] == [("1", "1"), ("2", "2"), ("3", "")]
+        for column in ("cam_miou", "pseudo_label_miou"):
+            assert [row[column] for row in rows[:2]] == [row[column] for row in rounds]
+        assert 0 < float(rows[2]["cam_miou"]) < 1 and rows[2]["pseudo_label_miou"] == ""
+
     def test_the_headline_is_the_last_round(self, finished_project):
         report = read_report(finished_project, "train_cam")
         last = read_rows(finished_project / "reports/train_cam/rounds.csv")[-1]
@@ -299,6 +307,30 @@ def test_the_baseline_makes_rounds_but_does_not_train_on_them(project, command):
     assert not [name for name in state if name.startswith(("decoder", "head"))]
     epochs = read_rows(project / "reports/train_cam/epochs.csv")
     assert {float(row["segmentation_loss"]) for row in epochs} == {0}
+
+
+def test_measurements_change_nothing_else(project, command, recorder):
+    changes = {"epochs": 5, "round_every": 3}
+    trained = {}
+    for every in (0, 1):
+        set_parameters(project, score_every=every, **changes)
+        assert command() == (0, "")
+        paths = [p for o in ("models", "data/pseudo_labels") for p in (project / o).rglob("*.*")]
+        losses = [
+            {k: v for k, v in row.items() if k != "seconds" and k != "images_per_second"}
+            for row in read_rows(project / "reports/train_cam/epochs.csv")
+        ]
+        trained[every] = losses, {p.relative_to(project): p.read_bytes() for p in paths}
+        rows = read_rows(project / "reports/train_cam/miou.csv")
+        seen = [(row["epoch"], row["round"]) for row in rows]
+        if every == 0:
+            assert seen == [("1", "1"), ("4", "2")]
+            assert {step for name, step in recorder.figures if "by_epoch" in name} == {1, 4}
+    assert trained[0] == trained[1] and len(trained[0][1]) == 3 + 2 * 16
+    assert seen == [("1", "1"), ("2", ""), ("3", ""), ("4", "2"), ("5", "")]
+    found = [recorder.figures["cam_miou_by_epoch", epoch] for epoch in range(1, 6)]
+    assert found == [float(row["cam_miou"]) for row in rows]
+    assert ("pseudo_label_miou_by_epoch", 3) not in recorder.figures
 
 
 def test_rounds_by_convergence(project, command):
