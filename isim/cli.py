@@ -225,9 +225,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except UserError as error:
-        _fail(str(error))
     except Exception as error:
+        # A signal to the whole group ends the helper processes, too: no fault of theirs.
+        if ending := _ending(error):
+            raise ending from None
+        if isinstance(error, UserError):
+            _fail(str(error))
         if not _disk_is_full(error):
             raise
         name = getattr(error, "filename", None)
@@ -237,6 +240,14 @@ def main() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
+
+
+def _ending(error: BaseException) -> SystemExit | None:
+    """The end of the program during which `error` came up, if it did."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, SystemExit):
+        context = context.__context__
+    return context
 
 
 def _disk_is_full(error: Exception) -> bool:

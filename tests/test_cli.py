@@ -115,6 +115,19 @@ def test_a_defect_keeps_its_traceback(monkeypatch, capsys):
         cli.main()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a loader was killed"), UserError("a worker died")])
+def test_what_an_end_brings_about_does_not_hide_it(error, monkeypatch, capsys):
+    def table(root):
+        try:
+            cli._terminate(signal.SIGTERM, None)
+        finally:
+            raise error
+
+    monkeypatch.setattr("isim.results.table", table)
+    code, _, err = run_main(monkeypatch, capsys, "results")
+    assert code == 143 and not err
+
+
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_unwind_the_command(number, expected, tmp_path):
     """Context managers run, no traceback is shown and the exit code names the signal."""
