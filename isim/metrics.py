@@ -107,6 +107,17 @@ def precision_recall(confusion: NDArray[np.int64]) -> tuple[float, float]:
     )
 
 
+def segmentation_figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
+    """Headline figures of an (L, L) confusion matrix (spec 8), their names opened by `name`.
+
+    Returns:
+        `miou`, `precision` and `recall`, as of `miou` and `precision_recall`.
+    """
+    precision, recall = precision_recall(confusion)
+    figures = {"miou": miou(confusion), "precision": precision, "recall": recall}
+    return {f"{name}{key}": value for key, value in figures.items()}
+
+
 def classification_figures(
     labels: NDArray[np.float32], scores: NDArray[np.float32]
 ) -> dict[str, float]:

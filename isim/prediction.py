@@ -56,9 +56,7 @@ class Predicted:
         row: dict[str, float] = {"images": self.images, "scored_images": self.scored}
         for prefix, confusion in (("", self.confusion), ("crf_", self.refined_confusion)):
             if confusion is not None:
-                precision, recall = metrics.precision_recall(confusion)
-                row[f"{prefix}miou"] = metrics.miou(confusion)
-                row[f"{prefix}precision"], row[f"{prefix}recall"] = precision, recall
+                row |= metrics.segmentation_figures(prefix, confusion)
         speed = self.computed / self.seconds if self.seconds else 0.0
         return row | {"seconds": self.seconds, "images_per_second": speed}
 

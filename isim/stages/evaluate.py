@@ -91,10 +91,10 @@ def run(params: Evaluate, root: Path) -> None:
                 confusions[f"{name}_cam_crf"] = refined[name]
                 report[name] = {
                     "images": sum(item.id in ids for item in items),
-                    **_figures("cam", at_thresholds[name][fixed]),
+                    **metrics.segmentation_figures("cam_", at_thresholds[name][fixed]),
                     "cam_miou_oracle": mious[oracle],
                     "oracle_threshold": round(float(thresholds[oracle]), 6),
-                    **_figures("cam_crf", refined[name]),
+                    **metrics.segmentation_figures("cam_crf_", refined[name]),
                 }
                 sweep += [
                     {"split": name, "threshold": f"{threshold:.3f}", "cam_miou": value}
@@ -115,7 +115,7 @@ def run(params: Evaluate, root: Path) -> None:
             for name, confusion in _score_labels(folder, labelled_items, len(names), parts).items():
                 key = _join(folder.name, name)
                 confusions[key] = confusion
-                report[key] = _figures("pseudo_label", confusion)
+                report[key] = metrics.segmentation_figures("pseudo_label_", confusion)
                 tracked.metrics(
                     {_join(name, k): v for k, v in report[key].items()},
                     step=int(folder.name.removeprefix("round_")),
@@ -210,15 +210,6 @@ def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts
             truth = files.read_truth(item.mask, label.shape, num_labels)
             _add(totals, parts, item.id, metrics.confusion_matrix(truth, label, num_labels))
     return totals
-
-
-def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
-    precision, recall = metrics.precision_recall(confusion)
-    return {
-        f"{name}_miou": metrics.miou(confusion),
-        f"{name}_precision": precision,
-        f"{name}_recall": recall,
-    }
 
 
 def _per_class(confusions: Confusions, names: tuple[str, ...]) -> list[dict[str, Any]]:

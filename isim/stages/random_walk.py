@@ -78,7 +78,7 @@ def run(params: RandomWalk, root: Path) -> None:
                 "images_per_second": computed / seconds,
             }
             for name, confusion in confusions.items():
-                figures |= _figures(name, confusion)
+                figures |= metrics.segmentation_figures(f"{name}_", confusion)
             report[split] = figures
             ious = {name: metrics.iou(confusion) for name, confusion in confusions.items()}
             for index, class_ in enumerate(names):
@@ -183,15 +183,6 @@ def _affinity(
     with engine.autocast(precision, pixels.device):
         affinities: Tensor = network(views)
     return affinities[0].cpu().numpy()
-
-
-def _figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
-    precision, recall = metrics.precision_recall(confusion)
-    return {
-        f"{name}_miou": metrics.miou(confusion),
-        f"{name}_precision": precision,
-        f"{name}_recall": recall,
-    }
 
 
 def _strips(

@@ -2,8 +2,8 @@
 
 Resume rule: after every epoch the state (weights, optimizer, figures so far) is saved; a round
 keeps a journal of finished images, and each finished measurement is a file. The same command
-continues from there as long as the
-parameters, the prepared data and the code are the same, and ends as if never interrupted.
+continues from there as long as the parameters, the prepared data and the code are the same, and
+ends as if never interrupted.
 """
 
 import json
