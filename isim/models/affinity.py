@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from isim.errors import UserError
+from isim.models import common
 from isim.models.losses import IGNORE
 from isim.pairs import half_disc, overlap
 
@@ -244,21 +245,24 @@ def build(config: AffinityConfig) -> AffinityNet:
     """Assemble the network of `config` with random weights.
 
     Raises:
-        UserError: The encoder is unknown to timm or cannot have the output stride.
+        UserError: The encoder is unknown to timm, cannot have the output stride or does not take
+            images of any size.
     """
     try:
         encoder = smp.encoders.get_encoder(
             f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
         )
         head = AffinityHead(encoder.out_channels[-3:])
-        return AffinityNet(encoder, head, config.map_stride, config.radius)
+        network = AffinityNet(encoder, head, config.map_stride, config.radius)
+        common.try_out(network, network.features)
     except Exception as error:  # timm and smp raise whatever their code meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"train_affinity.encoder: timm encoder '{config.encoder}' at output_stride "
-            f"{config.output_stride} cannot be built ({reason}); choose one that has strided "
-            "features, such as resnet50.tv_in1k or mobilenetv2_100"
+            f"{config.output_stride} cannot be built or does not take images of any size "
+            f"({common.reason(error)}); choose one that has strided features, such as "
+            "resnet50.tv_in1k or mobilenetv2_100"
         ) from error
+    return network
 
 
 def _stem(encoder: nn.Module) -> list[str]:

@@ -8,8 +8,8 @@ segmentation-models-pytorch which can serve.
 import difflib
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from segmentation_models_pytorch.base.initialization import initialize_head
 from torch import Tensor, nn
 
 from isim.errors import UserError
+from isim.models import common
 from isim.models.unet import UNetDecoder, bilinear, transposed
 from isim.params import TrainCam
 
@@ -40,8 +41,6 @@ UNFIT = {
 }
 # An encoder gives the image and five maps.
 LEVELS = 6
-# Odd at every stride: what an encoder cannot compute here, it cannot for a data set's images.
-PROBE = (45, 77)
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,6 @@ def _extend(feature: Tensor, height: int, width: int) -> Tensor:
     return feature
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    # The meta device, where networks are only checked, has no autocast.
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 class CamNetwork(nn.Module):
     """Encoder with a bias-free 1x1 classification branch and, if given, a decoder.
 
@@ -201,7 +193,7 @@ class CamNetwork(nn.Module):
             return logits, None
         decoded = self.decoder(self.frame.fit(features))
         # The loss wants fp32: on the small map that costs less than on the upsampled one.
-        with _full_precision(images.device):
+        with common.full_precision(images.device):
             segmentation = self.head(decoded.float())  # (B, L, H', W')
         return logits, segmentation[..., : images.shape[-2], : images.shape[-1]]
 
@@ -217,7 +209,7 @@ class CamNetwork(nn.Module):
         """
         features = self.encoder(images)[-1]
         weight = self.classifier.weight[class_ids - 1]  # (K', C, 1, 1)
-        with _full_precision(images.device):
+        with common.full_precision(images.device):
             return F.conv2d(features.float(), weight.float())
 
 
@@ -264,7 +256,7 @@ def build(config: CamConfig) -> CamNetwork:
     nn.init.normal_(classifier.weight, std=0.01, generator=start)
     frozen = config.encoder_norm == "frozen"
     network = CamNetwork(encoder, classifier, decoder, head, frame, frozen)
-    _try_out(network, config)
+    common.try_out(network, partial(_serve, network, config))
     return network
 
 
@@ -274,7 +266,7 @@ def _encoder(config: CamConfig) -> smp.encoders.TimmUniversalEncoder:
             f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
         )
     except Exception as error:  # timm raises whatever its code meets
-        raise _unfit_encoder(config, "cannot be built", _reason(error)) from error
+        raise _unfit_encoder(config, "cannot be built", common.reason(error)) from error
 
 
 def _halved(channels: int) -> tuple[int, ...]:
@@ -322,36 +314,29 @@ def _arguments(name: str, config: CamConfig) -> dict[str, Any]:
     return {"output_stride": stride} | own.get(name, {"decoder_channels": _halved(channels)})
 
 
-@torch.no_grad()
-def _try_out(network: CamNetwork, config: CamConfig) -> None:
-    """Run an odd size through the fresh network, so that what cannot serve fails here."""
-    images = torch.zeros(1, 3, *PROBE, device=network.classifier.weight.device)
-    network.eval()
+def _serve(network: CamNetwork, config: CamConfig, images: Tensor) -> None:
+    """Check what the network makes of an image of an odd size."""
     try:
         features = network.encoder(images)
     except Exception as error:
-        why = f"needs images of a certain size ({_reason(error)})"
+        why = f"needs images of a certain size ({common.reason(error)})"
         raise _unfit_encoder(config, "cannot make CAMs of whole images", why) from error
     sizes = [tuple(feature.shape[-2:]) for feature in features]
     for size, stride in zip(sizes, network.frame.reductions, strict=False):
         whole = all(
             found in (side // stride, -(-side // stride))
-            for found, side in zip(size, PROBE, strict=True)
+            for found, side in zip(size, common.PROBE, strict=True)
         )
         if not whole or len(sizes) != LEVELS:
-            why = f"makes maps of {sizes} from an image of {PROBE}"
+            why = f"makes maps of {sizes} from an image of {common.PROBE}"
             raise _unfit_encoder(config, "has no map at every stride", why)
     try:
         segmentation = network(images, True)[1]
         if segmentation is not None and segmentation.shape[-2:] != images.shape[-2:]:
-            raise ValueError(f"scores of {tuple(segmentation.shape)} for an image of {PROBE}")
+            size = tuple(segmentation.shape)
+            raise ValueError(f"scores of {size} for an image of {common.PROBE}")
     except Exception as error:
         raise _does_not_go(config, error) from error
-    network.train()
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _unfit_encoder(config: CamConfig, what: str, why: str) -> UserError:
@@ -367,7 +352,8 @@ def _does_not_go(config: CamConfig, error: Exception) -> UserError:
     return UserError(
         f"train_cam.method: {config.method} does not go with encoder '{config.encoder}', "
         f"output_stride {config.output_stride} and decoder_channels {config.decoder_channels} "
-        f"({_reason(error)}); choose other values of these, or deeplabcam with output_stride: 16"
+        f"({common.reason(error)}); choose other values of these, or deeplabcam with "
+        "output_stride: 16"
     )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isim.errors import UserError, renamed
-from isim.models import cam
+from isim.models import cam, common
 
 ATROUS_RATES: dict[str, dict[int, tuple[int, ...]]] = {
     "deeplabv2": {8: (6, 12, 18, 24), 16: (6, 12, 18, 24)},
@@ -119,7 +119,7 @@ class DeepLabV3Head(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) features to (B, L, h, w) float32 logits."""
         decoded = self.decoder([features])  # (B, D, h, w)
-        with torch.autocast(features.device.type, enabled=False):
+        with common.full_precision(features.device):
             return self.classifier(decoded.float())
 
 
@@ -177,8 +177,8 @@ def build(config: SegmenterConfig) -> Segmenter:
     """Assemble the segmenter of `config` with random weights.
 
     Raises:
-        UserError: The method does not go with the output stride; the encoder is unknown to timm
-            or cannot have the output stride.
+        UserError: The method does not go with the output stride; the encoder is unknown to timm,
+            cannot have the output stride or does not take images of any size.
     """
     stride = config.output_stride
     strides = ATROUS_RATES[config.method]
@@ -207,14 +207,22 @@ def build(config: SegmenterConfig) -> Segmenter:
             encoder = model.encoder
             # Without the upsampling that follows it.
             head = DeepLabV3Head(model.decoder, model.segmentation_head[0])
+        network = Segmenter(encoder, head, stride, config.encoder_norm == "frozen")
+        _require_whole_map(common.try_out(network, network), stride)
     except Exception as error:  # timm and smp raise whatever their code meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"train_segmenter.encoder: timm encoder '{config.encoder}' at output_stride {stride} "
-            f"cannot be built ({reason}); choose one that has strided features, "
-            "such as resnet101.tv_in1k or mobilenetv2_100"
+            f"cannot be built or does not take images of any size ({common.reason(error)}); "
+            "choose one that has strided features, such as resnet101.tv_in1k or mobilenetv2_100"
         ) from error
-    return Segmenter(encoder, head, stride, config.encoder_norm == "frozen")
+    return network
+
+
+def _require_whole_map(logits: Tensor, stride: int) -> None:
+    """Raise ValueError unless the logits of the odd image have the output stride."""
+    if logits.shape[-2:] != tuple(-(-side // stride) for side in common.PROBE):
+        size = tuple(logits.shape[-2:])
+        raise ValueError(f"scores of {size} for an image of {common.PROBE}")
 
 
 def normalization(encoder: str, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

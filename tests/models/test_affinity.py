@@ -301,6 +301,25 @@ def test_it_is_built_on_the_meta_device_too():
     assert frozen == [name for name, p in real if not p.requires_grad]
 
 
+@pytest.mark.parametrize("encoder", ["tresnet_m", "hrnet_w18_small"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_encoder_that_needs_a_certain_size_is_refused_when_built(encoder, device):
+    """Not only when the walk sees whole images, after all the training."""
+    config = affinity.AffinityConfig(encoder, 32, 8, 5, (0.5,) * 3, (0.5,) * 3)
+    words = rf"train_affinity\.encoder: .*'{encoder}' at output_stride 32 .*any size \(.*choose one"
+    with torch.device(device), pytest.raises(UserError, match=words) as caught:
+        affinity.build(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_building_draws_what_the_layers_draw(monkeypatch):
+    network_of(config_of("convnext_atto"))
+    after = torch.get_rng_state()
+    monkeypatch.setattr(affinity.common, "try_out", lambda network, run: None)
+    network = network_of(config_of("convnext_atto"))
+    assert network.training and torch.equal(torch.get_rng_state(), after)
+
+
 def test_building_leaves_the_statistics_alone():
     for name, buffer in network_of(config_of()).named_buffers():
         assert buffer.eq(1 if name.endswith("running_var") else 0).all(), name

@@ -198,6 +198,47 @@ def test_unsuitable_encoders_are_refused_in_one_line(method):
         segmenter.normalization("resnet18x", "encoder")
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_encoder_that_needs_a_certain_size_is_refused_when_built(method, device):
+    # Its attention takes blocks of 8x8.
+    words = r"train_segmenter\.encoder: .*'bat_resnext26ts' .*any size \(.*choose one"
+    with torch.device(device), pytest.raises(UserError, match=words) as caught:
+        segmenter.build(replace(config_of(method), encoder="bat_resnext26ts"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_of_another_stride_is_refused_when_built(monkeypatch):
+    """What the library makes of an output stride is seen, not believed."""
+    get_encoder = smp.encoders.get_encoder
+
+    def coarser(name, **options):
+        return get_encoder(name, **options | {"output_stride": 32})
+
+    monkeypatch.setattr(smp.encoders, "get_encoder", coarser)
+    with pytest.raises(UserError, match=r"train_segmenter\.encoder.*scores of \(2, 3\).*choose"):
+        segmenter.build(config_of("deeplabv2"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_built_and_computes_on_the_meta_device_too(method):
+    with torch.device("meta"):
+        network = segmenter.build(config_of(method))
+    assert all(parameter.is_meta for parameter in network.parameters()) and network.training
+    assert network(images(64, 64).to("meta")).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_building_leaves_statistics_and_generators_alone(method, monkeypatch):
+    network = network_of(config_of(method))
+    after = torch.get_rng_state()
+    for name, buffer in network.named_buffers():
+        assert buffer.eq(1 if name.endswith("running_var") else 0).all(), name
+    monkeypatch.setattr(segmenter.common, "try_out", lambda network, run: torch.empty(3, 5))
+    network_of(config_of(method))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def load(network, path, allow=False, encoder="resnet18"):
     return segmenter.load_weights(network, encoder, str(path), path, allow)
 
