@@ -243,13 +243,21 @@ def remove_resume_folder(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]) -> str:
-    """Digest of what a run depends on: its parameters, its inputs and the code.
+def run_digest(
+    section_digest: str,
+    inputs: Sequence[Path],
+    code: Sequence[Path],
+    device: torch.device,
+    precision: str,
+) -> str:
+    """Digest of what a run depends on: parameters, inputs, code and what computes it.
 
     Args:
         section_digest: Digest of the stage's parameters.
         inputs: Files or folders whose contents count.
         code: Source files.
+        device: What the run computes on. Of GPUs the model counts, not the number.
+        precision: Resolved: what `auto` stands for on another machine may differ.
 
     Returns:
         16 hex digits. A saved state of another digest is not resumed.
@@ -260,8 +268,9 @@ def run_digest(section_digest: str, inputs: Sequence[Path], code: Sequence[Path]
             if file.is_file():
                 total.update(file.name.encode())
                 total.update(hashlib.sha256(file.read_bytes()).digest())
-    # Bit-equality holds for one torch and one thread count only.
-    total.update(f"{torch.__version__} {torch.get_num_threads()}".encode())
+    # Bit-equality holds for one torch, one thread count and one kind of device only.
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    total.update(f"{torch.__version__} {torch.get_num_threads()} {kind} {precision}".encode())
     return total.hexdigest()[:16]
 
 
@@ -271,8 +280,8 @@ def code_files(stage: str) -> list[Path]:
     Not: the command line and what only it uses, MLflow, drawing and the other stages.
     """
     package = Path(__file__).parent
-    aside = {"cli.py", "curves.py", "paper.py", "preset.py", "results.py", "runs.py", "tables.py"}
-    aside |= {"tracking.py", "viz.py", "__main__.py"}
+    aside = {"cli.py", "curves.py", "paper.py", "preset.py", "results.py", "runs.py"}
+    aside |= {"server.py", "tables.py", "tracking.py", "viz.py", "__main__.py"}
     return [
         path
         for path in sorted(package.rglob("*.py"))

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from isim.engine import code_files
 from isim.params import Params
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,14 @@ def test_code_dependencies_in_dvc_yaml_equal_the_import_closure(stage):
     found = sorted(dep for dep in PIPELINE["stages"][stage]["deps"] if dep.startswith("isim/"))
     listing = "\n".join(f"      - {name}" for name in expected)
     assert found == expected, f"deps of {stage} in dvc.yaml should be\n{listing}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_can_be_resumed_whatever_changes_in_code_that_no_stage_uses(stage):
+    files = [path for path in code_files(stage) if path.name != "__init__.py"]
+    counted = {module_of(path) for path in files}
+    used = {name for each in STAGES for name in closure(f"isim.stages.{each}")}
+    assert closure(f"isim.stages.{stage}") <= counted <= used | {"isim.params"}
 
 
 def test_one_word_per_stage():

@@ -89,14 +89,14 @@ def test_a_state_of_another_run_or_none_is_no_progress(tmp_path):
     assert engine.read_progress(path, "d") is None
 
 
-def test_the_digest_follows_parameters_inputs_code_and_threads(tmp_path):
+def test_the_digest_follows_all_that_a_run_depends_on(tmp_path, monkeypatch):
     data, code = tmp_path / "data", tmp_path / "code.py"
     (data / "deep").mkdir(parents=True)
     (data / "deep/a.csv").write_text("1")
     code.write_text("pass")
 
-    def digest(section="s"):
-        return engine.run_digest(section, [data], [code])
+    def digest(section="s", device="cpu", precision="fp32"):
+        return engine.run_digest(section, [data], [code], torch.device(device), precision)
 
     seen = [digest()]
     assert digest() == seen[0]
@@ -111,6 +111,11 @@ def test_the_digest_follows_parameters_inputs_code_and_threads(tmp_path):
     seen.append(digest())
     with engine.intra_op_threads(torch.get_num_threads() + 1):
         seen.append(digest())
+    seen.append(digest(precision="bf16"))
+    for gpu in ("a GPU", "another GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        seen.append(digest(device="cuda"))
+        assert digest(device="cuda:1") == seen[-1]
     assert len(set(seen)) == len(seen)
 
 
@@ -118,7 +123,7 @@ def test_the_code_of_a_result_is_all_but_its_presentation():
     names = {path.name for path in engine.code_files("train_cam")}
     assert {"engine.py", "train_cam.py", "crf.py", "losses.py", "dataset.py"} <= names
     assert not {"cli.py", "tracking.py", "viz.py", "evaluate.py"} & names
-    assert not {"curves.py", "paper.py", "preset.py", "runs.py", "tables.py"} & names
+    assert not {"curves.py", "paper.py", "preset.py", "runs.py", "tables.py", "server.py"} & names
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])

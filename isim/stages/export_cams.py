@@ -41,7 +41,11 @@ def run(params: ExportCams, root: Path) -> None:
     precision = engine.resolve_precision(params.precision, device)
     settings = CamSettings(params.scales, params.flip, precision)
     key = engine.run_digest(
-        digest(params), [root / "data/prepared", checkpoint], engine.code_files("export_cams")
+        digest(params),
+        [root / "data/prepared", checkpoint],
+        engine.code_files("export_cams"),
+        device,
+        precision,
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/export_cams", key)
     inputs = {"data/prepared": root / "data/prepared", "models/train_cam": checkpoint.parent}

@@ -57,6 +57,8 @@ def run(params: RandomWalk, root: Path) -> None:
         digest(params),
         [root / "data/prepared", *(cams / split for split in chosen), checkpoint],
         engine.code_files("random_walk"),
+        device,
+        precision,
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/random_walk", key)
     reports = root / "reports/random_walk"

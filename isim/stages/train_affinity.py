@@ -99,6 +99,8 @@ def run(params: TrainAffinity, root: Path) -> None:
         digest(params),
         [root / "data/prepared", cams, *(path for path in (weights, trained) if path.is_file())],
         engine.code_files("train_affinity"),
+        device,
+        precision,
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/train_affinity", key)
     state = resume / "state.safetensors"

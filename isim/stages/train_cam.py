@@ -55,6 +55,8 @@ def run(params: TrainCam, root: Path) -> None:
         digest(params),
         [root / "data/prepared", *([weights] if weights.is_file() else [])],
         engine.code_files("train_cam"),
+        device,
+        precision,
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/train_cam", key)
     state = resume / "state.safetensors"

@@ -85,6 +85,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         f"{digest(params)} {name}",
         [*used, *([weights] if weights.is_file() else [])],
         engine.code_files("train_segmenter"),
+        device,
+        precision,
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/train_segmenter" / name, key)
     state = resume / "state.safetensors"
