@@ -64,13 +64,7 @@ def train_segmenter(
     labels: Annotated[str, typer.Argument(help="One of the label_sets in params.yaml.")],
 ) -> None:
     """Stage 6: train a segmenter on a label set; write data/predictions."""
-    from isim.params import load
-
-    known = [entry.name for entry in load(Path("params.yaml")).label_sets]
-    if labels not in known:
-        raise UserError(
-            f"no label set '{labels}' in params.yaml; label_sets has {', '.join(known) or 'none'}"
-        )
+    _require_label_set(labels)
     _run("train_segmenter", labels)
 
 
@@ -144,7 +138,7 @@ def tables(
 
 @app.command()
 def server_archive(
-    labels: Annotated[str, typer.Argument(help="Label set of the segmenter, such as round_04.")],
+    labels: Annotated[str, typer.Argument(help="One of the label_sets in params.yaml.")],
     split: Annotated[str, typer.Argument(help="Split that it predicted: test or val.")],
     crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Take what the CRF made.")] = False,
     out: Annotated[
@@ -152,6 +146,8 @@ def server_archive(
     ] = None,
 ) -> None:
     """Pack predictions into the archive that VOC's evaluation server takes."""
+    # Predictions of a label set that was taken off the list stay in data/, as old as they are.
+    _require_label_set(labels)
     from isim import server
 
     path, count = server.write(Path.cwd(), labels, split, crf, out)
@@ -174,6 +170,16 @@ def curves(
 
     names = drawn.draw(Path.cwd(), experiments or [], column, out)
     typer.echo(f"{out} shows {', '.join(names)}")
+
+
+def _require_label_set(name: str) -> None:
+    from isim.params import load
+
+    known = [entry.name for entry in load(Path("params.yaml")).label_sets]
+    if name not in known:
+        raise UserError(
+            f"no label set '{name}' in params.yaml; label_sets has {', '.join(known) or 'none'}"
+        )
 
 
 def _run(stage: str, *arguments: str) -> None:

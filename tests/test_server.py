@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isim import cli, engine, server
+from isim import cli, engine, preset, server
 from isim.data.files import read_label_map, voc_palette, write_label_map
 from isim.errors import UserError
 from isim.stages import prepare, train_segmenter
@@ -143,6 +143,7 @@ def test_predictions_that_were_not_made(arguments, message, project):
 
 def test_the_command(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
+    preset.write("demo", project / "params.yaml")
     # The entry point installs a handler for SIGTERM, which pytest must not keep.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
@@ -160,6 +161,14 @@ def test_the_command(project, monkeypatch, capsys):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert err.startswith("isim: error: ") and err.count("\n") == 1
+    # It lists round_04 no more, whose predictions stay where they are.
+    preset.write("voc-deeplabcam-resnet50", project / "params.yaml")
+    assert run("round_04", "test", "--out", "old.tgz") == (
+        2,
+        "",
+        "isim: error: no label set 'round_04' in params.yaml; label_sets has random_walk_crf\n",
+    )
+    assert not (project / "old.tgz").exists()
 
 
 def test_from_a_devkit_with_a_test_set_to_the_archive(project, tiny):
