@@ -231,6 +231,7 @@ def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, A
     for axis, value in settings.items():
         if axis not in REPORTING:
             parameters |= {k: v for k, v in tree["axes"][axis][value].items() if depends(k)}
+    parameters |= described.get("parameters", {})
     common = {name: value for name, value in tree["common"].items() if depends(name)}
     matched = {k: v for k, v in (common | parameters).items() if k not in tree["run_only"]}
     words = {"scored": settings.get("scored", ""), "class": settings.get("class", "")}

@@ -221,6 +221,26 @@ def test_commands_of_a_table():
     )
 
 
+def test_what_the_server_scores_is_predicted_and_nothing_runs_twice_for_it():
+    name, splits = "train_segmenter.eval_splits", ["val", "test"]
+    segmented = [cell for cell in CELLS if cell.figure.stage == "train_segmenter"]
+    for cell in segmented:
+        asked = cell.figure.scored == "test"
+        assert cell.parameters.get(name) == (splits if asked else None)
+        # A run that predicted test as well has the figures of val.
+        assert name not in cell.matched
+    for table in ("8", "9", "10", "11"):
+        lines = [c for c in tables.commands(table).splitlines() if " train_segmenter " in c]
+        assert lines and all(f"-S '{name}=[val,test]'" in line for line in lines)
+    assert name not in tables.commands("12")
+    # The least there can be: a run for every segmenter that a cell asks for.
+    distinct = {
+        repr(sorted((k, v) for k, v in c.parameters.items() if k != name)) for c in segmented
+    }
+    found = paper.experiments(PAPER.tables)
+    assert sum("train_segmenter" in e.stages for e in found) == len(distinct)
+
+
 def test_values_are_written_as_dvc_reads_them():
     assert paper.literal(True) == "true"
     assert paper.literal([{"name": "a", "path": "b/c"}]) == "[{name:a,path:b/c}]"
