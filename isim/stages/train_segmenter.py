@@ -26,7 +26,7 @@ from isim import (
     viz,
 )
 from isim.data import files
-from isim.data.dataset import CropDataset, Item, load_prepared
+from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.models import segmenter
@@ -50,7 +50,11 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
     """
     prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
     everything = prepared.split(params.split)
-    tested = {split: prepared.split(split, labelled=False) for split in params.eval_splits}
+    tested = {
+        split: prepared.split(split, labelled=False)
+        for split in params.eval_splits
+        if not _lacks_test_images(split, prepared)
+    }
     sources = _sources(name, params.split, everything, root)
     items = tuple(item for item in everything if item.id in sources)
     if params.method == "deeplabv3" and min(params.batch, len(items)) < 2:
@@ -189,6 +193,14 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
     # First: what a kill leaves of the folder must not pass for a state to go on from.
     state.unlink()
     engine.remove_resume_folder(resume)
+
+
+def _lacks_test_images(split: str, prepared: Prepared) -> bool:
+    """Tell whether it is VOC's test set, whose images few have, and say that it is left out."""
+    if split != "test" or split in prepared.splits:
+        return False
+    tqdm.write("train_segmenter: no images of split 'test' in the prepared data; left out")
+    return True
 
 
 def _sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[str, Path]:

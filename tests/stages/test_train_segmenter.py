@@ -135,6 +135,13 @@ def test_every_label_set_leaves_a_model_predictions_and_reports(name, segmented)
     assert not (root / ".isim/resume/train_segmenter" / name).exists()
 
 
+def test_a_test_set_that_is_not_there_is_left_out(project, tiny, capsys):
+    both = tiny.train_segmenter.model_copy(update={"eval_splits": ("val", "test")})
+    train_segmenter.run(both, "round_02", project)
+    assert "no images of split 'test'" in capsys.readouterr().out
+    assert list(read_report(project, "round_02")["splits"]) == ["val"]
+
+
 def test_images_without_a_label_map_are_left_out_and_counted(segmented):
     counts = {
         name: (report["images"], report["images_without_labels"])
