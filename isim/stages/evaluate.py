@@ -177,7 +177,8 @@ def _score_cams(
     def tasks() -> Iterator[RefineTask]:
         for item in items:
             assert item.mask is not None
-            planes, ids, size = files.read_cam(folder / f"{item.id}.npz")
+            ids = class_ids(item)
+            planes, size = files.read_cam_of(folder / f"{item.id}.npz", item.image, ids)
             truth = files.read_truth(item.mask, size, num_labels)
             best, top = seeds.peak(grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
@@ -187,7 +188,7 @@ def _score_cams(
                 item.id,
                 item.image,
                 seed,
-                class_ids(item),
+                ids,
                 params.crf,
                 item.mask,
                 outs.get(item.id),

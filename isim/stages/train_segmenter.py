@@ -32,7 +32,7 @@ from isim.labels import seeds
 from isim.models import segmenter
 from isim.params import TrainSegmenter, digest, home, label_set_path, resolve_path
 from isim.prediction import Predicted, PredictionSettings, predict
-from isim.regeneration import grow
+from isim.regeneration import class_ids, grow
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
@@ -230,7 +230,8 @@ def _write_seeds(
     labels = {item.id: folder / f"{item.id}.png" for item in items}
     for item in tqdm(items, "seeds", leave=False, disable=None):
         if not labels[item.id].exists():
-            planes, ids, size = files.read_cam(cams[item.id])
+            ids = class_ids(item)
+            planes, size = files.read_cam_of(cams[item.id], item.image, ids)
             seed = seeds.seed(grow(planes, size), ids, threshold)
             files.write_label_map(labels[item.id], seed)
     return labels

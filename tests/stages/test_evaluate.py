@@ -132,6 +132,16 @@ def test_a_cam_that_is_missing_is_named(finished, tiny):
     assert not (finished / "reports/evaluate/metrics.json").exists()
 
 
+def test_a_cam_of_another_image_is_refused(finished, tiny):
+    """Of the same size, other classes."""
+    items = load_prepared(finished / "data/prepared", None).split("val")
+    other = next(i for i in items if (i.image_label != items[0].image_label).any())
+    folder = finished / "data/cams/val"
+    shutil.copy(folder / f"{other.id}.npz", folder / f"{items[0].id}.npz")
+    with pytest.raises(UserError, match=rf"{items[0].id}\.npz is of .* other classes"):
+        evaluate.run(tiny.evaluate, finished)
+
+
 def test_without_cams_the_command_that_makes_them_is_named(project, tiny):
     with pytest.raises(UserError, match="isim export-cams"):
         evaluate.run(tiny.evaluate, project)

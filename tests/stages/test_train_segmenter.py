@@ -272,6 +272,14 @@ def other_classes(root):
         write_label_map(path, np.full((64, 64), 6, np.uint8))
 
 
+def a_cam_of_another_image(root):
+    """Of the same size, other classes."""
+    items = items_of(root, "train")
+    other = next(i for i in items if (i.image_label != items[0].image_label).any())
+    folder = root / "data/cams/train"
+    shutil.copy(folder / f"{other.id}.npz", folder / f"{items[0].id}.npz")
+
+
 def decoder_weights(root):
     torch.manual_seed(0)
     network = segmenter.build(
@@ -286,6 +294,7 @@ def decoder_weights(root):
 BAD_INPUT = {
     "a round that was not made": (remove("data/pseudo_labels"), "round_02", "isim train-cam"),
     "no CAMs": (remove("data/cams"), "seeds", "isim export-cams"),
+    "a CAM of another image": (a_cam_of_another_image, "seeds", "other classes than"),
     "no random walk": (remove("data/random_walk"), "random_walk_crf", "isim random-walk"),
     "no dCRF after it": (
         remove("data/random_walk/train_crf"),
