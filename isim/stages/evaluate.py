@@ -51,6 +51,7 @@ def run(params: Evaluate, root: Path) -> None:
     splits = sorted(path.name for path in cams.glob("*") if path.is_dir())
     if not splits:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
+    chosen = {split: prepared.split(split) for split in splits}
 
     members = {n: frozenset(item.id for item in items) for n, items in prepared.splits.items()}
     confusions: Confusions = {}
@@ -62,7 +63,7 @@ def run(params: Evaluate, root: Path) -> None:
             inner = _inside(members, members[split])
             parts = {n: ids for n, ids in inner.items() if n not in splits}
             parts[split] = members[split]
-            items = [item for item in prepared.split(split) if item.mask is not None]
+            items = [item for item in chosen[split] if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
             with tempfile.TemporaryDirectory() as refined_labels:
                 at_thresholds, refined = _score_cams(
@@ -207,8 +208,9 @@ def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts
     totals = {name: np.zeros((num_labels, num_labels), np.int64) for name in parts}
     for item in items:
         if item.mask is not None:
-            label = files.read_label_map(folder / f"{item.id}.png")
-            truth = files.read_truth(item.mask, label.shape, num_labels)
+            path, size = folder / f"{item.id}.png", files.image_size(item.image)
+            label = files.read_label_of(path, item.image, size, num_labels, ignored=False)
+            truth = files.read_truth(item.mask, size, num_labels)
             _add(totals, parts, item.id, metrics.confusion_matrix(truth, label, num_labels))
     return totals
 

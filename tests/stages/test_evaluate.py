@@ -142,6 +142,27 @@ def test_a_cam_of_another_image_is_refused(finished, tiny):
         evaluate.run(tiny.evaluate, finished)
 
 
+def test_cams_of_a_split_that_is_none_any_more_are_named(finished, tiny):
+    shutil.copytree(finished / "data/cams/val", finished / "data/cams/old")
+    with pytest.raises(UserError, match="no split 'old'.* train, val"):
+        evaluate.run(tiny.evaluate, finished)
+
+
+@pytest.mark.parametrize(
+    ("side", "label", "expected"),
+    [
+        (64, 6, "holds label 6 of 0..5; .* make the label maps again"),
+        (64, 255, "holds label 255 of 0..5"),
+        (32, 0, "is 32x32 pixels but .* is 64x64"),
+    ],
+)
+def test_a_round_of_other_data_is_named(side, label, expected, finished, tiny):
+    path = sorted((finished / "data/pseudo_labels/round_02").iterdir())[3]
+    write_label_map(path, np.full((side, side), label, np.uint8))
+    with pytest.raises(UserError, match=f"label map .*{path.name} {expected}"):
+        evaluate.run(tiny.evaluate, finished)
+
+
 def test_without_cams_the_command_that_makes_them_is_named(project, tiny):
     with pytest.raises(UserError, match="isim export-cams"):
         evaluate.run(tiny.evaluate, project)
