@@ -1,5 +1,6 @@
 """Score CAMs, CAM + dCRF and every round's pseudo-labels (spec 8)."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -59,6 +60,7 @@ def run(params: Evaluate, root: Path) -> None:
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
+        shutil.rmtree(reports / "pictures", ignore_errors=True)
         for split in splits:
             inner = _inside(members, members[split])
             parts = {n: ids for n, ids in inner.items() if n not in splits}

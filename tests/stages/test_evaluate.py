@@ -142,6 +142,17 @@ def test_a_cam_of_another_image_is_refused(finished, tiny):
         evaluate.run(tiny.evaluate, finished)
 
 
+def test_pictures_of_an_earlier_state_go(finished, tiny):
+    pictures = finished / "reports/evaluate/pictures"
+    (pictures / "old").mkdir()
+    for name in ("old/a.png", "confusion_round_09.png"):
+        (pictures / name).touch()
+    evaluate.run(tiny.evaluate, finished)
+    names = {path.name for path in pictures.iterdir()}
+    assert "old" not in names and "confusion_round_09.png" not in names
+    assert {"train", "val", "per_class.png", "confusion_round_02.png"} <= names
+
+
 def test_cams_of_a_split_that_is_none_any_more_are_named(finished, tiny):
     shutil.copytree(finished / "data/cams/val", finished / "data/cams/old")
     with pytest.raises(UserError, match="no split 'old'.* train, val"):
