@@ -11,18 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, metrics, pictures, tracking, viz
+from isim import atomic, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
 from isim.regeneration import class_ids, grow, refine_all
+from isim.splits import Confusions, Parts
 from isim.workers import RefineTask, dense
-
-# By the name of what was scored, and the image ids that belong to a name.
-Confusions = dict[str, NDArray[np.int64]]
-Parts = dict[str, frozenset[str]]
 
 
 def run(params: Evaluate, root: Path) -> None:
@@ -49,22 +46,19 @@ def run(params: Evaluate, root: Path) -> None:
     thresholds = np.unique(np.round([*grid, params.threshold], 6)).astype(np.float32)
     fixed = int(np.argmin(np.abs(thresholds - params.threshold)))
     cams, reports = root / "data/cams", root / "reports/evaluate"
-    splits = sorted(path.name for path in cams.glob("*") if path.is_dir())
-    if not splits:
+    stored = sorted(path.name for path in cams.glob("*") if path.is_dir())
+    if not stored:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
-    chosen = {split: prepared.split(split) for split in splits}
+    chosen = {split: prepared.split(split) for split in stored}
 
-    members = {n: frozenset(item.id for item in items) for n, items in prepared.splits.items()}
+    members = splits.members(prepared.splits)
     confusions: Confusions = {}
     report: dict[str, dict[str, Any]] = {}
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
         shutil.rmtree(reports / "pictures", ignore_errors=True)
-        for split in splits:
-            inner = _inside(members, members[split])
-            parts = {n: ids for n, ids in inner.items() if n not in splits}
-            parts[split] = members[split]
+        for split, parts in splits.parts(stored, members).items():
             items = [item for item in chosen[split] if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
             with tempfile.TemporaryDirectory() as refined_labels:
@@ -79,13 +73,13 @@ def run(params: Evaluate, root: Path) -> None:
                     parts,
                 )
                 for item in shown:
-                    stored = cams / split / f"{item.id}.npz"
+                    cam = cams / split / f"{item.id}.npz"
                     label = Path(refined_labels) / f"{item.id}.png"
                     viz.write_png(
                         reports / f"pictures/{split}/{item.id}.png",
-                        pictures.strip(item, stored, label, columns=4),
+                        pictures.strip(item, cam, label, columns=4),
                     )
-                    square = pictures.strip(item, stored, label, columns=2)
+                    square = pictures.strip(item, cam, label, columns=2)
                     tracked.image(f"{split}/{item.id}", square, step=0)
             for name, ids in parts.items():
                 mious = [metrics.miou(confusion) for confusion in at_thresholds[name]]
@@ -113,7 +107,7 @@ def run(params: Evaluate, root: Path) -> None:
         snapshots = sorted((root / "data/pseudo_labels").glob("round_*"))
         for folder in snapshots:
             labelled = frozenset(path.stem for path in folder.glob("*.png")) & known.keys()
-            parts = {"": labelled, **_inside(members, labelled)}
+            parts = {"": labelled, **splits.inside(labelled, members)}
             labelled_items = [known[id_] for id_ in sorted(labelled)]
             for name, confusion in _score_labels(folder, labelled_items, len(names), parts).items():
                 key = _join(folder.name, name)
@@ -136,20 +130,8 @@ def run(params: Evaluate, root: Path) -> None:
         atomic.write_json(reports / "metrics.json", report)
 
 
-def _inside(members: Parts, ids: frozenset[str]) -> Parts:
-    """Splits that are a part of `ids`, as train is of trainaug: spec 8 wants both figures."""
-    return {name: part for name, part in members.items() if part and part < ids}
-
-
 def _join(*words: str) -> str:
     return "_".join(filter(None, words))
-
-
-def _add(totals: Confusions, parts: Parts, id_: str, counts: NDArray[np.int64]) -> None:
-    """Add an image's counts to the totals of the parts that it belongs to."""
-    for name, ids in parts.items():
-        if id_ in ids:
-            totals[name] += counts
 
 
 def _draw(folder: Path, confusions: Confusions, names: tuple[str, ...]) -> None:
@@ -185,7 +167,7 @@ def _score_cams(
             truth = files.read_truth(item.mask, size, num_labels)
             best, top = seeds.peak(grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
-            _add(totals, parts, item.id, counts)
+            splits.add(totals, parts, item.id, counts)
             seed = seeds.cut(best, top, float(thresholds[fixed]))
             yield RefineTask(
                 item.id,
@@ -201,7 +183,7 @@ def _score_cams(
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
     progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
     for result in progress:
-        _add(refined, parts, result.id, dense(result.label_counts, num_labels))
+        splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return totals, refined
 
 
@@ -213,7 +195,8 @@ def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts
             path, size = folder / f"{item.id}.png", files.image_size(item.image)
             label = files.read_label_of(path, item.image, size, num_labels, ignored=False)
             truth = files.read_truth(item.mask, size, num_labels)
-            _add(totals, parts, item.id, metrics.confusion_matrix(truth, label, num_labels))
+            counts = metrics.confusion_matrix(truth, label, num_labels)
+            splits.add(totals, parts, item.id, counts)
     return totals
 
 

@@ -22,6 +22,7 @@ from isim import (
     metrics,
     pictures,
     segmenter_training,
+    splits,
     tracking,
     viz,
 )
@@ -38,7 +39,8 @@ from isim.regeneration import class_ids, grow
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
     """Run the stage: a label set to models, data/predictions and reports, each in a folder of it.
 
-    Images without a label map of the set are left out and counted.
+    Images without a label map of the set are left out and counted. A split that is part of a
+    tested one (train of trainaug) is reported apart, too.
 
     Args:
         params: Section `train_segmenter`.
@@ -132,22 +134,24 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         crf = params.crf if params.crf_after else None
         settings = PredictionSettings(params.test_scales, params.test_flip, precision, crf)
         scores: dict[str, Predicted] = {}
-        for split, chosen in tested.items():
+        for split, parts in splits.parts(tested, splits.members(prepared.splits)).items():
             out = resume / "predictions" / split
-            scores[split] = predict(
+            results = predict(
                 network,
                 config,
-                chosen,
+                tested[split],
                 out,
                 out.with_name(f"{split}_crf"),
                 resume / f"{split}.jsonl",
                 settings,
                 device,
+                parts,
             )
-            figures = scores[split].row()
-            tracked.metrics({f"{split}_{k}": v for k, v in figures.items()})
-            after = f", after dCRF {100 * figures['crf_miou']:.2f}" if crf else ""
-            tqdm.write(f"{name} on {split}: mIoU {100 * figures['miou']:.2f}{after}")
+            for part, result in results.items():
+                scores[part], figures = result, result.row()
+                tracked.metrics({f"{part}_{k}": v for k, v in figures.items()})
+                after = f", after dCRF {100 * figures['crf_miou']:.2f}" if crf else ""
+                tqdm.write(f"{name} on {part}: mIoU {100 * figures['miou']:.2f}{after}")
 
         atomic.copy_tree(resume / "model", root / "models/train_segmenter" / name)
         atomic.copy_tree(resume / "predictions", root / "data/predictions" / name)

@@ -179,14 +179,10 @@ def test_without_cams_the_command_that_makes_them_is_named(project, tiny):
         evaluate.run(tiny.evaluate, project)
 
 
-def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny):
+def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny, put_inner_split):
     """As train of trainaug: its figures are those of its images alone."""
     prepared = finished / "data/prepared"
-    lines = (prepared / "train.csv").read_text().splitlines()
-    (prepared / "inner.csv").write_text("\n".join(lines[:6]) + "\n")
-    about = json.loads((prepared / "dataset.json").read_text())
-    about["splits"]["inner"] = 5
-    (prepared / "dataset.json").write_text(json.dumps(about))
+    put_inner_split(finished, 5)
     evaluate.run(tiny.evaluate, finished)
     report = read_report(finished)
     assert (report["train"]["images"], report["inner"]["images"]) == (16, 5)
