@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics
+from isim import atomic, engine, metrics, splits
 from isim.data.dataset import Item
 from isim.errors import UserError
 from isim.journal import Journal
@@ -22,6 +22,7 @@ from isim.models.inference import multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import Crf
 from isim.regeneration import images, in_workers
+from isim.splits import Parts
 from isim.workers import PredictionTask, dense, finish_prediction
 
 
@@ -37,11 +38,11 @@ class PredictionSettings:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Result of a pass over a split.
+    """Result of a pass over a split, for the split or a part of it.
 
     `confusion` and `refined_confusion` are (L, L) int64 before and after dCRF (None without
     one), over the `scored` images that have a ground truth; `seconds` and `computed` tell the
-    speed.
+    speed of the whole pass.
     """
 
     confusion: NDArray[np.int64]
@@ -70,7 +71,8 @@ def predict(
     journal_path: Path,
     settings: PredictionSettings,
     device: torch.device,
-) -> Predicted:
+    parts: Parts,
+) -> dict[str, Predicted]:
     """Predict every item and score the label maps before and after dCRF (paper 4.1.7).
 
     Runs again after an interruption with the same arguments, it computes only the images
@@ -85,9 +87,10 @@ def predict(
         journal_path: File of finished images; its folder must exist.
         settings: Scales, flip, precision and dCRF.
         device: Where the network is.
+        parts: Image ids of what is reported apart, the split itself included.
 
     Returns:
-        Scores over all items, also those of an earlier, interrupted pass.
+        Scores over all items of each part, also those of an earlier, interrupted pass.
 
     Raises:
         UserError: An unreadable image, a failed write, a worker that died, or probabilities
@@ -135,17 +138,20 @@ def predict(
             journal.add(asdict(result))
         lines = [journal.lines[item.id] for item in items]
 
-    def total(name: str) -> NDArray[np.int64]:
-        confusion = np.zeros((num_labels, num_labels), np.int64)
-        for line in lines:
-            confusion += dense(line[name], num_labels)
-        return confusion
-
-    return Predicted(
-        total("counts"),
-        None if settings.crf is None else total("refined_counts"),
-        images=len(items),
-        scored=sum(item.mask is not None for item in items),
-        seconds=time.perf_counter() - start,
-        computed=len(missing),
-    )
+    plain = {part: np.zeros((num_labels, num_labels), np.int64) for part in parts}
+    after = {part: np.zeros_like(confusion) for part, confusion in plain.items()}
+    for line in lines:
+        splits.add(plain, parts, line["id"], dense(line["counts"], num_labels))
+        splits.add(after, parts, line["id"], dense(line["refined_counts"], num_labels))
+    seconds = time.perf_counter() - start
+    return {
+        part: Predicted(
+            plain[part],
+            None if settings.crf is None else after[part],
+            images=len(ids),
+            scored=sum(item.mask is not None and item.id in ids for item in items),
+            seconds=seconds,
+            computed=len(missing),
+        )
+        for part, ids in parts.items()
+    }

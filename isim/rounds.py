@@ -11,16 +11,19 @@ from isim.params import TrainCam
 
 @dataclass(frozen=True)
 class Convergence:
-    """A round after every epoch at which both losses have stopped to improve.
+    """A round after every epoch at which both losses have stopped to improve, or at the cap.
 
     A loss has converged when its best value of the last `patience` epochs is not more than
     `tolerance`, relatively, below its best of the epochs before these. A round is due when the
     classification and the segmentation loss have both converged, and in any case `cap` epochs
     after the last one. The paper does not give its rule; this is the usual one of early stopping.
 
-    Only epochs since the last round count (for the first round, since the start): new labels
-    make the segmentation loss jump, and an old best value would then hold forever. During the
-    warm-up there is no segmentation loss, and the classification loss decides alone.
+    Only epochs since the last round count: new labels make the segmentation loss jump, and an
+    old best value would then hold forever. Without a segmentation loss (method `cam`) the
+    classification loss decides alone.
+
+    Two rounds are not this rule's to decide, but `due`'s in this module: the first follows the
+    warm-up in any case, whatever the losses do in it, and none follows the last epoch.
 
     Hence rounds lie at least `patience` + 1 epochs apart, or `cap` where that is less: a cap of
     no more than `patience` + 1 is the fixed frequency `cap`.

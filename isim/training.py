@@ -149,7 +149,7 @@ def classify(
             logits[row] = network(views, False)[0][0].float().cpu().numpy()
     if not np.isfinite(logits).all():
         raise UserError(
-            "the network's scores are not finite after this epoch: the rates are likely too "
+            "the network's scores are not finite: the rates are likely too "
             "high; lower train_cam.optimizer.encoder_rate and classifier_rate"
         )
     return metrics.classification_figures(np.stack([item.known_label for item in items]), logits)

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import json
 import os
 import shutil
 import signal
@@ -149,6 +150,21 @@ def put_true_cams():
             ids, truth = class_ids(item), files.read_label_map(item.mask)
             planes = np.float32(truth[::4, ::4] == ids[:, None, None])
             files.write_cam(root / f"data/cams/train/{item.id}.npz", planes, ids, truth.shape)
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def put_inner_split():
+    """A function that makes the first images of a project's `train` a split `inner`, too."""
+
+    def put(root, count):
+        prepared = root / "data/prepared"
+        lines = (prepared / "train.csv").read_text().splitlines()
+        (prepared / "inner.csv").write_text("\n".join(lines[: 1 + count]) + "\n")
+        about = json.loads((prepared / "dataset.json").read_text())
+        about["splits"]["inner"] = count
+        (prepared / "dataset.json").write_text(json.dumps(about))
 
     return put
 

@@ -44,6 +44,7 @@ LEVELS = [
         "isim.server",
         "isim.workers",
         "isim.pictures",
+        "isim.splits",
         "isim.batches",
     },
     {"isim.affinity_workers", "isim.walk_workers"},

@@ -125,6 +125,11 @@ def test_convergence_starts_after_the_warm_up_and_forgets_what_was_before_a_roun
     # The new labels make the pixel loss jump; it falls for three epochs, then stays.
     falling = [(0.4, 2.0), (0.3, 1.5), (0.2, 1.0), (0.2, 1.0), (0.2, 1.0)]
     assert ends(params, warm + falling + falling) == [3, 8, 13]
+    # The first is not the rule's to decide, nor is one after the last epoch.
+    improving = [(0.5**epoch, 0.0) for epoch in range(3)]
+    assert ends(params, improving + falling) == [3, 8]
+    ending = params.model_copy(update={"epochs": 8})
+    assert ends(ending, warm + falling) == [3]
     # One loss that goes on falling puts the round off, up to the cap.
     slow = [(0.2, 0.8**epoch) for epoch in range(12)]
     assert ends(params, warm + slow) == [3, 12]

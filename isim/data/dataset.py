@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from isim.data.files import FORMAT, IGNORE, PREPARED, read_image, read_label_map
+from isim.data.files import FORMAT, IGNORE, PREPARED, read_image, read_label_of
 from isim.errors import UserError
 
 
@@ -247,20 +247,7 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         if index < 0:
             return np.full(size, IGNORE, np.uint8)
         path = self.labels[index](item.id)
-        label = read_label_map(path)
-        if label.shape != size:
-            raise UserError(
-                f"label map {path} is {label.shape[1]}x{label.shape[0]} pixels but {item.image} "
-                f"is {size[1]}x{size[0]}; delete the label maps and make them again"
-            )
-        # One more than the label, so that IGNORE, 255, wraps around to 0.
-        highest = int((label + np.uint8(1)).max()) - 1
-        if highest > len(item.known_label):
-            raise UserError(
-                f"label map {path} holds label {highest} of 0..{len(item.known_label)}; it is of "
-                "other classes: make the label maps again"
-            )
-        return label
+        return read_label_of(path, item.image, size, len(item.known_label) + 1, ignored=True)
 
     def _draw_scale(self, longer_side: int) -> float:
         if self.scales is None:

@@ -83,6 +83,40 @@ def read_label_map(path: Path) -> np.ndarray:
         raise _unreadable("label map", path, error) from error
 
 
+def read_label_of(
+    path: Path, image: Path, size: tuple[int, ...], num_labels: int, ignored: bool
+) -> np.ndarray:
+    """Read a label map that must be an image's: it may be of an earlier state of the data.
+
+    Args:
+        path: A label map that a stage made.
+        image: Path of the image, for the message.
+        size: (H, W) of the image in pixels.
+        num_labels: L; values are 0..L-1.
+        ignored: Whether 255 may occur, too.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        UserError: It cannot be read, or has another size or other values.
+    """
+    label = read_label_map(path)
+    if label.shape != tuple(size):
+        raise UserError(
+            f"label map {path} is {label.shape[1]}x{label.shape[0]} pixels but {image} "
+            f"is {size[1]}x{size[0]}; delete the label maps and make them again"
+        )
+    # One more than the label, so that IGNORE, 255, wraps around to 0.
+    highest = int((label + np.uint8(1)).max()) - 1 if ignored else int(label.max())
+    if highest >= num_labels:
+        raise UserError(
+            f"label map {path} holds label {highest} of 0..{num_labels - 1}; it is of "
+            "other classes: make the label maps again"
+        )
+    return label
+
+
 def read_truth(path: Path, size: tuple[int, ...], num_labels: int) -> np.ndarray:
     """Read a ground truth that must fit an image: `isim prepare` checked it, it may have changed.
 

@@ -1,5 +1,6 @@
 """Score CAMs, CAM + dCRF and every round's pseudo-labels (spec 8)."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -10,18 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, metrics, pictures, tracking, viz
+from isim import atomic, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
 from isim.regeneration import class_ids, grow, refine_all
+from isim.splits import Confusions, Parts
 from isim.workers import RefineTask, dense
-
-# By the name of what was scored, and the image ids that belong to a name.
-Confusions = dict[str, NDArray[np.int64]]
-Parts = dict[str, frozenset[str]]
 
 
 def run(params: Evaluate, root: Path) -> None:
@@ -48,21 +46,20 @@ def run(params: Evaluate, root: Path) -> None:
     thresholds = np.unique(np.round([*grid, params.threshold], 6)).astype(np.float32)
     fixed = int(np.argmin(np.abs(thresholds - params.threshold)))
     cams, reports = root / "data/cams", root / "reports/evaluate"
-    splits = sorted(path.name for path in cams.glob("*") if path.is_dir())
-    if not splits:
+    stored = sorted(path.name for path in cams.glob("*") if path.is_dir())
+    if not stored:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
+    chosen = {split: prepared.split(split) for split in stored}
 
-    members = {n: frozenset(item.id for item in items) for n, items in prepared.splits.items()}
+    members = splits.members(prepared.splits)
     confusions: Confusions = {}
     report: dict[str, dict[str, Any]] = {}
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
-        for split in splits:
-            inner = _inside(members, members[split])
-            parts = {n: ids for n, ids in inner.items() if n not in splits}
-            parts[split] = members[split]
-            items = [item for item in prepared.split(split) if item.mask is not None]
+        shutil.rmtree(reports / "pictures", ignore_errors=True)
+        for split, parts in splits.parts(stored, members).items():
+            items = [item for item in chosen[split] if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
             with tempfile.TemporaryDirectory() as refined_labels:
                 at_thresholds, refined = _score_cams(
@@ -76,13 +73,13 @@ def run(params: Evaluate, root: Path) -> None:
                     parts,
                 )
                 for item in shown:
-                    stored = cams / split / f"{item.id}.npz"
+                    cam = cams / split / f"{item.id}.npz"
                     label = Path(refined_labels) / f"{item.id}.png"
                     viz.write_png(
                         reports / f"pictures/{split}/{item.id}.png",
-                        pictures.strip(item, stored, label, columns=4),
+                        pictures.strip(item, cam, label, columns=4),
                     )
-                    square = pictures.strip(item, stored, label, columns=2)
+                    square = pictures.strip(item, cam, label, columns=2)
                     tracked.image(f"{split}/{item.id}", square, step=0)
             for name, ids in parts.items():
                 mious = [metrics.miou(confusion) for confusion in at_thresholds[name]]
@@ -110,7 +107,7 @@ def run(params: Evaluate, root: Path) -> None:
         snapshots = sorted((root / "data/pseudo_labels").glob("round_*"))
         for folder in snapshots:
             labelled = frozenset(path.stem for path in folder.glob("*.png")) & known.keys()
-            parts = {"": labelled, **_inside(members, labelled)}
+            parts = {"": labelled, **splits.inside(labelled, members)}
             labelled_items = [known[id_] for id_ in sorted(labelled)]
             for name, confusion in _score_labels(folder, labelled_items, len(names), parts).items():
                 key = _join(folder.name, name)
@@ -133,20 +130,8 @@ def run(params: Evaluate, root: Path) -> None:
         atomic.write_json(reports / "metrics.json", report)
 
 
-def _inside(members: Parts, ids: frozenset[str]) -> Parts:
-    """Splits that are a part of `ids`, as train is of trainaug: spec 8 wants both figures."""
-    return {name: part for name, part in members.items() if part and part < ids}
-
-
 def _join(*words: str) -> str:
     return "_".join(filter(None, words))
-
-
-def _add(totals: Confusions, parts: Parts, id_: str, counts: NDArray[np.int64]) -> None:
-    """Add an image's counts to the totals of the parts that it belongs to."""
-    for name, ids in parts.items():
-        if id_ in ids:
-            totals[name] += counts
 
 
 def _draw(folder: Path, confusions: Confusions, names: tuple[str, ...]) -> None:
@@ -177,17 +162,18 @@ def _score_cams(
     def tasks() -> Iterator[RefineTask]:
         for item in items:
             assert item.mask is not None
-            planes, ids, size = files.read_cam(folder / f"{item.id}.npz")
+            ids = class_ids(item)
+            planes, size = files.read_cam_of(folder / f"{item.id}.npz", item.image, ids)
             truth = files.read_truth(item.mask, size, num_labels)
             best, top = seeds.peak(grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
-            _add(totals, parts, item.id, counts)
+            splits.add(totals, parts, item.id, counts)
             seed = seeds.cut(best, top, float(thresholds[fixed]))
             yield RefineTask(
                 item.id,
                 item.image,
                 seed,
-                class_ids(item),
+                ids,
                 params.crf,
                 item.mask,
                 outs.get(item.id),
@@ -197,7 +183,7 @@ def _score_cams(
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
     progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
     for result in progress:
-        _add(refined, parts, result.id, dense(result.label_counts, num_labels))
+        splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return totals, refined
 
 
@@ -206,9 +192,11 @@ def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts
     totals = {name: np.zeros((num_labels, num_labels), np.int64) for name in parts}
     for item in items:
         if item.mask is not None:
-            label = files.read_label_map(folder / f"{item.id}.png")
-            truth = files.read_truth(item.mask, label.shape, num_labels)
-            _add(totals, parts, item.id, metrics.confusion_matrix(truth, label, num_labels))
+            path, size = folder / f"{item.id}.png", files.image_size(item.image)
+            label = files.read_label_of(path, item.image, size, num_labels, ignored=False)
+            truth = files.read_truth(item.mask, size, num_labels)
+            counts = metrics.confusion_matrix(truth, label, num_labels)
+            splits.add(totals, parts, item.id, counts)
     return totals
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, tracking, viz
+from isim import atomic, engine, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.journal import Journal
@@ -27,6 +27,7 @@ from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.models.inference import normalize
 from isim.params import RandomWalk, digest, home, resolve_path
 from isim.regeneration import class_ids, images, in_workers
+from isim.splits import Confusions, Parts
 from isim.walk_workers import WalkTask, walk_image
 from isim.workers import dense
 
@@ -34,7 +35,8 @@ from isim.workers import dense
 def run(params: RandomWalk, root: Path) -> None:
     """Run the stage: data/cams and models/train_affinity to data/random_walk and reports.
 
-    The label maps of a split are in its folder, those after dCRF in `<split>_crf`.
+    The label maps of a split are in its folder, those after dCRF in `<split>_crf`. A split that
+    is part of it (train of trainaug) is reported apart, too.
 
     Args:
         params: Section `random_walk`.
@@ -67,28 +69,40 @@ def run(params: RandomWalk, root: Path) -> None:
     inputs["models/train_affinity"] = checkpoint.parent
     report: dict[str, Any] = {"precision": precision, "map_stride": config.map_stride}
     per_class: list[dict[str, Any]] = []
+    headline: dict[str, float] = {}
     with tracking.stage_run("random_walk", params, root, inputs) as tracked:
-        for split, items in chosen.items():
+        for split, parts in splits.parts(chosen, splits.members(prepared.splits)).items():
+            items = chosen[split]
             start = time.perf_counter()
             computed, confusions = _walk_split(
-                items, resume, split, cams, params, network, config, precision, device, len(names)
+                items,
+                resume,
+                split,
+                cams,
+                params,
+                network,
+                config,
+                precision,
+                device,
+                len(names),
+                parts,
             )
             seconds = time.perf_counter() - start
-            figures = {
-                "images": len(items),
-                "seconds": seconds,
-                "images_per_second": computed / seconds,
-            }
-            for name, confusion in confusions.items():
-                figures |= metrics.segmentation_figures(f"{name}_", confusion)
-            report[split] = figures
-            ious = {name: metrics.iou(confusion) for name, confusion in confusions.items()}
-            for index, class_ in enumerate(names):
-                row = {f"{name}_iou": float(values[index]) for name, values in ious.items()}
-                per_class.append({"split": split, "class": class_, **row})
-            tracked.metrics({f"{split}_{name}": value for name, value in figures.items()})
-            scores = (f"{name} mIoU {100 * figures[f'{name}_miou']:.2f}" for name in confusions)
-            tqdm.write(f"random_walk: {len(items)} label maps of {split}, {', '.join(scores)}")
+            # Of the pass, hence not of a part of it.
+            speed = {"seconds": seconds, "images_per_second": computed / seconds}
+            for part, ids in parts.items():
+                figures = {"images": len(ids), **(speed if part == split else {})}
+                for name, totals in confusions.items():
+                    figures |= metrics.segmentation_figures(f"{name}_", totals[part])
+                report[part] = figures
+                ious = {name: metrics.iou(totals[part]) for name, totals in confusions.items()}
+                for index, class_ in enumerate(names):
+                    row = {f"{name}_iou": float(values[index]) for name, values in ious.items()}
+                    per_class.append({"split": part, "class": class_, **row})
+                tracked.metrics({f"{part}_{name}": value for name, value in figures.items()})
+                headline |= {f"{part}_{k}": v for k, v in figures.items() if k.endswith("_miou")}
+                scores = (f"{name} mIoU {100 * figures[f'{name}_miou']:.2f}" for name in confusions)
+                tqdm.write(f"random_walk: {len(ids)} label maps of {part}, {', '.join(scores)}")
         atomic.copy_tree(resume / "labels", root / "data/random_walk")
         shutil.rmtree(reports / "pictures", ignore_errors=True)
         for split, items in chosen.items():
@@ -100,14 +114,7 @@ def run(params: RandomWalk, root: Path) -> None:
                 tracked.image(f"{split}/{item.id}", square, step=0)
         atomic.write_csv(reports / "per_class.csv", per_class)
         atomic.write_json(reports / "metrics.json", report)
-        tracked.headline(
-            {
-                f"{split}_{name}": value
-                for split in chosen
-                for name, value in report[split].items()
-                if name.endswith("_miou")
-            }
-        )
+        tracked.headline(headline)
         tracked.table("per_class", per_class)
     engine.remove_resume_folder(resume)
 
@@ -123,12 +130,13 @@ def _walk_split(
     precision: str,
     device: torch.device,
     num_labels: int,
-) -> tuple[int, dict[str, NDArray[np.int64]]]:
+    parts: Parts,
+) -> tuple[int, dict[str, Confusions]]:
     """Make the label maps that are missing below `resume`/labels.
 
     Returns:
-        How many were made now, and the (L, L) confusion matrices over all: `walk` and, where the
-        dCRF follows, `walk_crf`.
+        How many were made now, and the (L, L) confusion matrices over all images of each of
+        `parts`: of `walk` and, where the dCRF follows, `walk_crf`.
     """
     folders = _folders(resume / "labels", split, params)
     for folder in folders.values():
@@ -161,11 +169,12 @@ def _walk_split(
         for result in tqdm(results, split, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
         lines = [journal.lines[item.id] for item in items]
-    confusions = {name: np.zeros((num_labels, num_labels), np.int64) for name in folders}
+    size = (num_labels, num_labels)
+    confusions = {name: {part: np.zeros(size, np.int64) for part in parts} for name in folders}
     for line in lines:
-        for name, confusion in confusions.items():
+        for name, totals in confusions.items():
             counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
-            confusion += dense(counts, num_labels)
+            splits.add(totals, parts, line["id"], dense(counts, num_labels))
     return len(missing), confusions
 
 

@@ -90,7 +90,7 @@ def run(params: TrainAffinity, root: Path) -> None:
         if params.weights != "train_cam":
             cam.load_encoder_weights(network, params.encoder, params.weights, weights)
     if params.weights == "train_cam":
-        _copy_encoder(trained, network, params.encoder)
+        _copy_encoder(trained, network, config)
     engine.place(network, device)
     groups = [(network.encoder, params.rate), (network.head, params.head_factor * params.rate)]
     optimizer = engine.sgd(groups, params.momentum, params.weight_decay)
@@ -185,13 +185,18 @@ def run(params: TrainAffinity, root: Path) -> None:
     engine.remove_resume_folder(resume)
 
 
-def _copy_encoder(checkpoint: Path, network: AffinityNet, encoder: str) -> None:
+def _copy_encoder(checkpoint: Path, network: AffinityNet, config: AffinityConfig) -> None:
     """Start from the encoder of train_cam, which has seen image-level labels only."""
-    trained, config = cam.load(checkpoint)
-    if config.encoder != encoder:
+    trained, source = cam.load(checkpoint)
+    if source.encoder != config.encoder:
         raise UserError(
-            f"train_affinity.weights: {checkpoint} has the encoder {config.encoder}, not "
-            f"{encoder}; set train_affinity.encoder to it, or weights to imagenet"
+            f"train_affinity.weights: {checkpoint} has the encoder {source.encoder}, not "
+            f"{config.encoder}; set train_affinity.encoder to it, or weights to imagenet"
+        )
+    if (source.mean, source.std) != (config.mean, config.std):
+        raise UserError(
+            f"train_affinity.input_norm: {checkpoint} was trained on images normalised "
+            "otherwise; set it to what train_cam.input_norm is, or weights to imagenet"
         )
     network.encoder.load_state_dict(trained.encoder.state_dict())
 

@@ -135,6 +135,20 @@ def run(params: TrainCam, root: Path) -> None:
                 tqdm.write(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
             return json.loads(record.read_text())
 
+        def classify_finally() -> dict[str, float]:
+            """Classify the training images as the held-out ones are, or read what was found.
+
+            Whole images and the final weights: the figures of the epochs are of random crops,
+            while the weights change.
+            """
+            record = resume / "final.json"
+            if not record.exists():
+                figures = training.classify(network, config, items, params.crop, precision, device)
+                # As a round's record: nan must come back as nan.
+                atomic.write_text(record, json.dumps(figures))
+            found = json.loads(record.read_text())
+            return {f"final_train_{name}": value for name, value in found.items()}
+
         rows = progress["epochs"]
         round_ends: list[int] = []
         mious: list[dict[str, Any]] = []
@@ -173,13 +187,15 @@ def run(params: TrainCam, root: Path) -> None:
         engine.save_tensors(
             resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
         )
+        final = classify_finally()
+        tracked.metrics(final)
         finished = [
             json.loads((resume / f"round_{number:02d}.json").read_text())
             for number in range(1, len(round_ends) + 1)
         ]
         _publish(root, resume, finished, rows, shown)
         weights_md5 = tracking.md5(weights) if weights.is_file() else None
-        _report(params, root, finished, rows, mious, precision, items, weights_md5)
+        _report(params, root, finished, rows, mious, final, precision, items, weights_md5)
         last = finished[-1]["row"]
         tracked.headline({k: last[k] for k in MIOUS})
         tracked.table("per_class", [row for entry in finished for row in entry["per_class"]])
@@ -243,6 +259,7 @@ def _report(
     entries: list[dict[str, Any]],
     epochs: list[dict[str, Any]],
     mious: list[dict[str, Any]],
+    final: dict[str, float],
     precision: str,
     items: tuple[Item, ...],
     weights_md5: str | None,
@@ -269,6 +286,8 @@ def _report(
             "cam_miou": last["cam_miou"],
             "pseudo_label_miou": last["pseudo_label_miou"],
             "masked_share": last["masked_share"],
+            # `train_` is of the last epoch's crops, `final_train_` and `val_` of whole images.
             **{k: v for k, v in epochs[-1].items() if k.startswith(("train_", "val_"))},
+            **final,
         },
     )

@@ -22,6 +22,7 @@ from isim import (
     metrics,
     pictures,
     segmenter_training,
+    splits,
     tracking,
     viz,
 )
@@ -32,13 +33,14 @@ from isim.labels import seeds
 from isim.models import segmenter
 from isim.params import TrainSegmenter, digest, home, label_set_path, resolve_path
 from isim.prediction import Predicted, PredictionSettings, predict
-from isim.regeneration import grow
+from isim.regeneration import class_ids, grow
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
     """Run the stage: a label set to models, data/predictions and reports, each in a folder of it.
 
-    Images without a label map of the set are left out and counted.
+    Images without a label map of the set are left out and counted. A split that is part of a
+    tested one (train of trainaug) is reported apart, too.
 
     Args:
         params: Section `train_segmenter`.
@@ -138,22 +140,24 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         crf = params.crf if params.crf_after else None
         settings = PredictionSettings(params.test_scales, params.test_flip, precision, crf)
         scores: dict[str, Predicted] = {}
-        for split, chosen in tested.items():
+        for split, parts in splits.parts(tested, splits.members(prepared.splits)).items():
             out = resume / "predictions" / split
-            scores[split] = predict(
+            results = predict(
                 network,
                 config,
-                chosen,
+                tested[split],
                 out,
                 out.with_name(f"{split}_crf"),
                 resume / f"{split}.jsonl",
                 settings,
                 device,
+                parts,
             )
-            figures = scores[split].row()
-            tracked.metrics({f"{split}_{k}": v for k, v in figures.items()})
-            after = f", after dCRF {100 * figures['crf_miou']:.2f}" if crf else ""
-            tqdm.write(f"{name} on {split}: mIoU {100 * figures['miou']:.2f}{after}")
+            for part, result in results.items():
+                scores[part], figures = result, result.row()
+                tracked.metrics({f"{part}_{k}": v for k, v in figures.items()})
+                after = f", after dCRF {100 * figures['crf_miou']:.2f}" if crf else ""
+                tqdm.write(f"{name} on {part}: mIoU {100 * figures['miou']:.2f}{after}")
 
         atomic.copy_tree(resume / "model", root / "models/train_segmenter" / name)
         atomic.copy_tree(resume / "predictions", root / "data/predictions" / name)
@@ -244,7 +248,8 @@ def _write_seeds(
     labels = {item.id: folder / f"{item.id}.png" for item in items}
     for item in tqdm(items, "seeds", leave=False, disable=None):
         if not labels[item.id].exists():
-            planes, ids, size = files.read_cam(cams[item.id])
+            ids = class_ids(item)
+            planes, size = files.read_cam_of(cams[item.id], item.image, ids)
             seed = seeds.seed(grow(planes, size), ids, threshold)
             files.write_label_map(labels[item.id], seed)
     return labels

@@ -12,6 +12,7 @@ from isim.data.files import (
     read_cam,
     read_image,
     read_label_map,
+    read_label_of,
     read_truth,
     voc_palette,
     write_cam,
@@ -99,6 +100,18 @@ def test_truth_must_fit_its_image(tmp_path):
         read_truth(path, (2, 3), 3)
     with pytest.raises(UserError, match=r"a.png holds label 2 of 0..1: it has changed"):
         read_truth(path, (1, 3), 2)
+
+
+def test_a_label_map_must_fit_its_image(tmp_path):
+    path, image = tmp_path / "a.png", tmp_path / "a.jpg"
+    write_label_map(path, np.array([[0, 2, 255]], np.uint8))
+    assert read_label_of(path, image, (1, 3), 3, ignored=True).tolist() == [[0, 2, 255]]
+    with pytest.raises(UserError, match=r"a.png is 3x1 pixels but .*a.jpg is 3x2; delete"):
+        read_label_of(path, image, (2, 3), 3, ignored=True)
+    with pytest.raises(UserError, match=r"a.png holds label 2 of 0..1; it is of other classes"):
+        read_label_of(path, image, (1, 3), 2, ignored=True)
+    with pytest.raises(UserError, match=r"a.png holds label 255 of 0..2"):
+        read_label_of(path, image, (1, 3), 3, ignored=False)
 
 
 def test_image_size_is_read_from_the_header(tmp_path):

@@ -132,19 +132,57 @@ def test_a_cam_that_is_missing_is_named(finished, tiny):
     assert not (finished / "reports/evaluate/metrics.json").exists()
 
 
+def test_a_cam_of_another_image_is_refused(finished, tiny):
+    """Of the same size, other classes."""
+    items = load_prepared(finished / "data/prepared", None).split("val")
+    other = next(i for i in items if (i.image_label != items[0].image_label).any())
+    folder = finished / "data/cams/val"
+    shutil.copy(folder / f"{other.id}.npz", folder / f"{items[0].id}.npz")
+    with pytest.raises(UserError, match=rf"{items[0].id}\.npz is of .* other classes"):
+        evaluate.run(tiny.evaluate, finished)
+
+
+def test_pictures_of_an_earlier_state_go(finished, tiny):
+    pictures = finished / "reports/evaluate/pictures"
+    (pictures / "old").mkdir()
+    for name in ("old/a.png", "confusion_round_09.png"):
+        (pictures / name).touch()
+    evaluate.run(tiny.evaluate, finished)
+    names = {path.name for path in pictures.iterdir()}
+    assert "old" not in names and "confusion_round_09.png" not in names
+    assert {"train", "val", "per_class.png", "confusion_round_02.png"} <= names
+
+
+def test_cams_of_a_split_that_is_none_any_more_are_named(finished, tiny):
+    shutil.copytree(finished / "data/cams/val", finished / "data/cams/old")
+    with pytest.raises(UserError, match="no split 'old'.* train, val"):
+        evaluate.run(tiny.evaluate, finished)
+
+
+@pytest.mark.parametrize(
+    ("side", "label", "expected"),
+    [
+        (64, 6, "holds label 6 of 0..5; .* make the label maps again"),
+        (64, 255, "holds label 255 of 0..5"),
+        (32, 0, "is 32x32 pixels but .* is 64x64"),
+    ],
+)
+def test_a_round_of_other_data_is_named(side, label, expected, finished, tiny):
+    path = sorted((finished / "data/pseudo_labels/round_02").iterdir())[3]
+    write_label_map(path, np.full((side, side), label, np.uint8))
+    with pytest.raises(UserError, match=f"label map .*{path.name} {expected}"):
+        evaluate.run(tiny.evaluate, finished)
+
+
 def test_without_cams_the_command_that_makes_them_is_named(project, tiny):
     with pytest.raises(UserError, match="isim export-cams"):
         evaluate.run(tiny.evaluate, project)
 
 
-def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny):
+def test_a_split_inside_a_scored_one_is_reported_apart(finished, tiny, put_inner_split):
     """As train of trainaug: its figures are those of its images alone."""
     prepared = finished / "data/prepared"
-    lines = (prepared / "train.csv").read_text().splitlines()
-    (prepared / "inner.csv").write_text("\n".join(lines[:6]) + "\n")
-    about = json.loads((prepared / "dataset.json").read_text())
-    about["splits"]["inner"] = 5
-    (prepared / "dataset.json").write_text(json.dumps(about))
+    put_inner_split(finished, 5)
     evaluate.run(tiny.evaluate, finished)
     report = read_report(finished)
     assert (report["train"]["images"], report["inner"]["images"]) == (16, 5)

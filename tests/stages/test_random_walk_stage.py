@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from isim import engine, metrics
+from isim import engine, metrics, results
 from isim.data.dataset import load_prepared
 from isim.data.files import read_cam, read_image, read_label_map
 from isim.errors import UserError
@@ -138,6 +138,30 @@ def test_figures_are_counted_from_the_label_maps_before_and_after_the_crf(
         refined = crf.refine(image, before[item.id], class_ids(item), settings)
         assert np.array_equal(after[item.id], refined)
     assert any((before[id_] != after[id_]).any() for id_ in before)
+
+
+def test_a_split_inside_a_walked_one_is_reported_apart(trained, tiny, recorder, put_inner_split):
+    """As train of trainaug: its figures are those of its images alone."""
+    put_inner_split(trained, 5)
+    walk(trained, tiny.random_walk)
+    report = read_report(trained)
+    assert (report["train"]["images"], report["inner"]["images"]) == (16, 5)
+    assert "val" not in report and not (trained / "data/random_walk/inner").exists()
+    with (trained / "reports/random_walk/per_class.csv").open(newline="") as file:
+        per_class = [row for row in csv.DictReader(file) if row["split"] == "inner"]
+    for split, name in (("train", "walk"), ("train_crf", "walk_crf")):
+        labels, total = labels_of(trained, split), np.zeros((6, 6), np.int64)
+        for item in items_of(trained, "inner"):
+            truth = read_label_map(item.mask)
+            total += metrics.confusion_matrix(truth, labels[item.id], 6)
+        found = report["inner"][f"{name}_miou"]
+        assert found == pytest.approx(metrics.miou(total)) != report["train"][f"{name}_miou"]
+        assert recorder.figures[f"inner_{name}_miou", None] == found
+        ious = [float(row[f"{name}_iou"]) for row in per_class]
+        assert ious == pytest.approx(metrics.iou(total).tolist(), nan_ok=True)
+    figures = report["inner"]
+    shown = ["inner", *(f"{100 * figures[f'{name}_miou']:.1f}" for name in ("walk", "walk_crf"))]
+    assert shown in [line.split() for line in results.table(trained).splitlines()]
 
 
 def test_pictures_and_headline(trained, tiny, recorder):

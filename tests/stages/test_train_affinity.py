@@ -234,6 +234,9 @@ BAD_INPUT = {
     "missing weights": parameters("train_affinity.weights: no file", weights="gone.safetensors"),
     "weights of another architecture": other_weights,
     "another encoder than train_cam's": other_encoder,
+    "another normalisation than train_cam's": parameters(
+        "train_affinity.input_norm: ", weights="train_cam", input_norm="unit"
+    ),
     "no network to start from": no_network,
     "unknown encoder": parameters("train_affinity.encoder: timm has no", encoder="resnet11"),
     "unknown split": parameters("no split 'trainaug'", split="trainaug"),

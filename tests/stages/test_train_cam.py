@@ -14,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from isim import cli, engine, results, viz
+from isim import cli, engine, results, training, viz
 from isim.data import files
 from isim.data.dataset import load_prepared
 from isim.data.files import read_label_map
@@ -132,6 +132,28 @@ class TestFinished:
         assert report["cam_miou"] == float(last["cam_miou"])
         assert report["optimizer_profile"] == "custom" and report["images"] == 16
 
+    def test_the_training_images_are_classified_by_the_final_weights(self, finished_project, tiny):
+        report = read_report(finished_project, "train_cam")
+        network, config = cam.load(finished_project / "models/train_cam/model.safetensors")
+        for split, prefix in (("train", "final_train"), ("val", "val")):
+            items = load_prepared(finished_project / "data/prepared", None).split(split)
+            with engine.intra_op_threads(1):
+                found = training.classify(
+                    network,
+                    config,
+                    items,
+                    tiny.train_cam.crop,
+                    report["precision"],
+                    torch.device("cpu"),
+                )
+            assert len(found) == 3
+            for name, value in found.items():
+                assert report[f"{prefix}_{name}"] == pytest.approx(value, abs=1e-3), name
+        # The running figures of the last epoch's crops stay, under their names.
+        last = read_rows(finished_project / "reports/train_cam/epochs.csv")[-1]
+        name = "train_sample_average_precision"
+        assert report[name] == float(last[name]) != report[f"final_{name}"]
+
     def test_pictures_show_the_fixed_set_and_all_rounds(self, finished_project):
         folder = finished_project / "reports/train_cam/pictures"
         names = {path.name for path in folder.iterdir()}
@@ -207,10 +229,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(blocked, project, command, 
     assert leftovers(project) == []
     if blocked != ".isim/resume":
         (project / blocked).unlink()
-        trained = []
-        monkeypatch.setattr("isim.training.train_epoch", lambda *_: trained.append(1))
+        again = []
+        for name in ("train_epoch", "classify"):
+            monkeypatch.setattr(f"isim.training.{name}", lambda *_: again.append(1))
         assert command() == (0, "")
-        assert trained == [], "nothing is trained again"
+        assert again == [], "nothing is trained or classified again"
 
 
 def full_disk(monkeypatch, owner, name, count):

@@ -241,6 +241,23 @@ def test_a_split_without_masks_is_predicted_and_not_scored(project, command):
     assert ["round_02", "val", "-", "-"] in lines
 
 
+def test_a_split_inside_a_tested_one_is_reported_apart(project, command, put_inner_split):
+    put_inner_split(project, 5)
+    change(project, epochs=1, eval_splits=["train"])
+    assert command() == (0, "")
+    report = read_report(project, "round_02")["splits"]
+    folder = project / "data/predictions/round_02"
+    assert sorted(path.name for path in folder.iterdir()) == ["train", "train_crf"]
+    for split, prefix in (("train", ""), ("train_crf", "crf_")):
+        for part, count in (("train", 16), ("inner", 5)):
+            total = np.zeros((6, 6), int)
+            for item in items_of(project, part):
+                prediction = read_label_map(folder / split / f"{item.id}.png")
+                total += metrics.confusion_matrix(read_label_map(item.mask), prediction, 6)
+            assert report[part][f"{prefix}miou"] == pytest.approx(metrics.miou(total))
+            assert report[part]["images"] == report[part]["scored_images"] == count
+
+
 def test_the_result_table_has_the_segmenters_of_the_list(segmented, tmp_path):
     root = segmented[0]
     lines = [line.split() for line in results.table(root).splitlines()]
@@ -279,6 +296,14 @@ def other_classes(root):
         write_label_map(path, np.full((64, 64), 6, np.uint8))
 
 
+def a_cam_of_another_image(root):
+    """Of the same size, other classes."""
+    items = items_of(root, "train")
+    other = next(i for i in items if (i.image_label != items[0].image_label).any())
+    folder = root / "data/cams/train"
+    shutil.copy(folder / f"{other.id}.npz", folder / f"{items[0].id}.npz")
+
+
 def decoder_weights(root):
     torch.manual_seed(0)
     network = segmenter.build(
@@ -293,6 +318,7 @@ def decoder_weights(root):
 BAD_INPUT = {
     "a round that was not made": (remove("data/pseudo_labels"), "round_02", "isim train-cam"),
     "no CAMs": (remove("data/cams"), "seeds", "isim export-cams"),
+    "a CAM of another image": (a_cam_of_another_image, "seeds", "other classes than"),
     "no random walk": (remove("data/random_walk"), "random_walk_crf", "isim random-walk"),
     "no dCRF after it": (
         remove("data/random_walk/train_crf"),
