@@ -144,7 +144,7 @@ def tables(
 
 @app.command()
 def server_archive(
-    labels: Annotated[str, typer.Argument(help="Label set of the segmenter, such as round_04.")],
+    labels: Annotated[str, typer.Argument(help="Label set of the segmenter, such as last_round.")],
     split: Annotated[str, typer.Argument(help="Split that it predicted: test or val.")],
     crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Take what the CRF made.")] = False,
     out: Annotated[

@@ -340,10 +340,12 @@ class Evaluate(Section):
         return self
 
 
-# Label sets whose maps lie in one folder; those of a round are found by its number.
+# Label sets and the folder that their maps are found in; those of a round are found by its number.
 LABEL_SETS = {
     "ground_truth": "data/prepared",
     "seeds": "data/cams",
+    # Of the highest number that there is, which round_rule and round_every decide.
+    "last_round": "data/pseudo_labels",
     "random_walk": "data/random_walk",
     "random_walk_crf": "data/random_walk",
 }

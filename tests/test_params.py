@@ -135,6 +135,7 @@ def test_an_error_is_one_line_with_the_name(section, change, words, tree):
         ([("round_00", "data/pseudo_labels/round_00")], "unknown label set 'round_00'"),
         ([("round_2", "data/pseudo_labels/round_2")], "such as round_02"),
         ([("round_02", "data/pseudo_labels/round_01")], "path: data/pseudo_labels/round_02"),
+        ([("last_round", "data/pseudo_labels/round_02")], "path: data/pseudo_labels"),
         ([("seeds", "data/prepared")], "path: data/cams"),
         ([("seeds", "data/cams"), ("seeds", "data/cams")], "lists seeds twice"),
     ],
@@ -157,6 +158,7 @@ def test_label_sets_of_every_kind_and_none(tree):
     known = (
         "ground_truth",
         "seeds",
+        "last_round",
         "random_walk",
         "random_walk_crf",
         "round_01",
