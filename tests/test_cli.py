@@ -254,6 +254,8 @@ def test_an_unknown_preset_lists_the_known(project, monkeypatch, capsys):
         (["method"], "no axis 'method'; write AXIS=VALUE"),
         (["backbone=ResNet-18"], "backbone has no 'ResNet-18'; choose one of ResNet-50, ResNet-1"),
         (["size=320x320", "procedure="], "procedure has no ''"),
+        (["method=CAM", "Method=deeplabcam"], "method is set twice, to 'CAM' and 'DeepLabCAM'"),
+        (["method=CAM", "method=CAM"], "method is set twice"),
     ],
 )
 @pytest.mark.parametrize("name", ["tiny", "voc-rounds-every-2"])
@@ -292,6 +294,13 @@ def test_presets_are_listed_with_their_titles(arguments):
         assert any(
             line.startswith(name) and line.endswith(title) for line in answer.stdout.splitlines()
         )
+
+
+@pytest.mark.parametrize("words", [["nope"], ["tiny", "method=CAM"]])
+def test_a_list_of_presets_takes_no_name(words, project, monkeypatch, capsys):
+    code, out, err = run_main(monkeypatch, capsys, "preset", "--list", *words)
+    assert code == 2 and out == "" and "--list" in err and words[0] in err
+    assert err.count("\n") == 1 and (project / "params.yaml").read_text() == PARAMS
 
 
 def write_reports(root, rounds, metrics):
