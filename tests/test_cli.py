@@ -186,14 +186,17 @@ def test_a_stage_waits_for_another_run_of_itself(tmp_path, monkeypatch):
     assert process.returncode == 0 and (tmp_path / "entered").exists()
 
 
-@pytest.mark.parametrize("blocked", [".isim", ".isim/prepare.lock"])
-def test_a_lock_that_cannot_be_made_is_named(blocked, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("blocked", "words"),
+    [(".isim", "fix the permissions"), (".isim/prepare.lock", "it is a folder")],
+)
+def test_a_lock_that_cannot_be_made_is_named(blocked, words, tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     if blocked == ".isim":
         (tmp_path / blocked).touch()
     else:
         (tmp_path / blocked).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"cannot write .*{blocked}: .*fix the permissions"):
+    with pytest.raises(UserError, match=f"cannot write .*{blocked}: .*{words}"):
         with cli._alone("prepare", tmp_path):
             raise AssertionError("entered without the lock")
 
