@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -26,10 +27,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         A path of the same suffix in the same folder (so that the rename is atomic).
 
     Raises:
-        UserError: The folder cannot be written or the disk is full. Nothing is left behind.
+        UserError: `path` is a folder, its folder cannot be written or the disk is full. Nothing
+            is left behind.
     """
     temporary: Path | None = None
     try:
+        if path.is_dir():
+            # Else it is the rename that fails, or a file beside it that may not be made.
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -87,6 +92,10 @@ def make_directory(path: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """Return the one line that tells of a failed write."""
+    if isinstance(error, IsADirectoryError):
+        return UserError(
+            f"cannot write {path}: it is a folder; choose the name of a file, or move it away"
+        )
     reason = error.strerror or str(error)
     return UserError(
         f"cannot write {path}: {reason}; free space or fix the permissions of {path.parent} "

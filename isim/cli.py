@@ -91,7 +91,9 @@ def preset(
     """Write a preset into params.yaml; its comments stay."""
     from isim import preset as presets
 
-    if name is None or list_:
+    if list_ and name is not None:
+        raise UserError(f"--list takes no preset; leave out --list to write '{name}'")
+    if name is None:
         known = presets.titles()
         width = max(map(len, known))
         for key, title in known.items():

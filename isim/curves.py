@@ -40,9 +40,12 @@ def draw(root: Path, names: Sequence[str], column: str, out: Path) -> list[str]:
         What is drawn, by name.
 
     Raises:
-        UserError: An unknown column, experiment or revision; one that has no report; no figure
-            in any report; `out` cannot be written.
+        UserError: `out` is named as no PNG is; an unknown column, experiment or revision; one
+            that has no report; no figure in any report; `out` cannot be written.
     """
+    if out.suffix.lower() != ".png":
+        what = "is a folder" if out.is_dir() else "does not end in .png"
+        raise UserError(f"--out: {out} {what}; name a PNG file, such as reports/curves.png")
     if column not in COLUMNS:
         raise UserError(f"--column: there is no '{column}'; choose one of {', '.join(COLUMNS)}")
     sources = {name: _experiment(root, name) for name in dict.fromkeys(names)}

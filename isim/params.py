@@ -169,6 +169,17 @@ class TrainCam(Section):
     crf: Crf
     pictures: NonNegative
 
+    @property
+    def certain_rounds(self) -> int:
+        """How many rounds there are at least, whatever the losses; by frequency, exactly.
+
+        The first follows `warmup_epochs`, the next at the latest `round_every` epochs later
+        (`cap` with convergence), none the last epoch. `isim.rounds.due` is what decides, a
+        layer above this one; a test holds the count against it.
+        """
+        every = self.round_every if self.round_rule == "frequency" else self.convergence.cap
+        return 1 + (self.epochs - 1 - self.warmup_epochs) // every
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.warmup_epochs >= self.epochs:
@@ -340,10 +351,12 @@ class Evaluate(Section):
         return self
 
 
-# Label sets whose maps lie in one folder; those of a round are found by its number.
+# Label sets and the folder that their maps are found in; those of a round are found by its number.
 LABEL_SETS = {
     "ground_truth": "data/prepared",
     "seeds": "data/cams",
+    # Of the highest number that there is, which round_rule and round_every decide.
+    "last_round": "data/pseudo_labels",
     "random_walk": "data/random_walk",
     "random_walk_crf": "data/random_walk",
 }
@@ -402,6 +415,19 @@ class Params(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"label_sets lists {twice[0]} twice; list each label set once")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_are_made(self) -> Self:
+        # Found here, and not by DVC after all the training.
+        rounds = self.train_cam.certain_rounds
+        for name in (labels.name for labels in self.label_sets):
+            if name.startswith("round_") and int(name[6:]) > rounds:
+                sure = " for certain" if self.train_cam.round_rule == "convergence" else ""
+                raise ValueError(
+                    f"label_sets lists {name}, but the last round that train_cam makes{sure} is "
+                    f"round_{rounds:02d}; list that, or last_round (path: data/pseudo_labels)"
+                )
         return self
 
 

@@ -41,13 +41,19 @@ def text(name: str, settings: Sequence[str] = ()) -> str:
         settings: `AXIS=VALUE`, on top of it.
 
     Raises:
-        UserError: Unknown name, axis or value; settings that do not go together.
+        UserError: Unknown name, axis or value; an axis twice; settings that do not go together.
     """
     known = titles()
     if name not in known:
         raise UserError(f"unknown preset {name}; known: {', '.join(known)}")
     paper = papers.load()
-    extra = dict(map(paper.setting, settings))
+    extra: dict[str, str] = {}
+    for axis, value in map(paper.setting, settings):
+        if axis in extra:
+            raise UserError(
+                f"axis {axis} is set twice, to '{extra[axis]}' and '{value}'; set it once"
+            )
+        extra[axis] = value
     made = {entry.name: entry for entry in paper.presets}
     base = paper.preset if name in made else name
     written = (folder() / f"{base}.yaml").read_text()

@@ -46,6 +46,23 @@ def test_a_full_disk_names_the_file_and_the_fix(tmp_path):
     "write",
     [
         lambda path: atomic.write_text(path, "a"),
+        lambda path: atomic.write_csv(path, [{"a": 1}]),
+        lambda path: atomic.atomic_path(path).__enter__(),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_told_as_such(write, tmp_path):
+    (tmp_path / "out.d").mkdir()
+    with pytest.raises(
+        UserError, match=r"cannot write .*out\.d: it is a folder; choose the name of a file"
+    ):
+        write(tmp_path / "out.d")
+    assert names(tmp_path) == ["out.d"] and names(tmp_path / "out.d") == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: atomic.write_text(path, "a"),
         lambda path: atomic.make_directory(path),
         lambda path: atomic.copy_tree(path.parent.parent / "source", path),
         lambda path: atomic.atomic_directory(path).__enter__(),

@@ -186,14 +186,17 @@ def test_a_stage_waits_for_another_run_of_itself(tmp_path, monkeypatch):
     assert process.returncode == 0 and (tmp_path / "entered").exists()
 
 
-@pytest.mark.parametrize("blocked", [".isim", ".isim/prepare.lock"])
-def test_a_lock_that_cannot_be_made_is_named(blocked, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("blocked", "words"),
+    [(".isim", "fix the permissions"), (".isim/prepare.lock", "it is a folder")],
+)
+def test_a_lock_that_cannot_be_made_is_named(blocked, words, tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     if blocked == ".isim":
         (tmp_path / blocked).touch()
     else:
         (tmp_path / blocked).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"cannot write .*{blocked}: .*fix the permissions"):
+    with pytest.raises(UserError, match=f"cannot write .*{blocked}: .*{words}"):
         with cli._alone("prepare", tmp_path):
             raise AssertionError("entered without the lock")
 
@@ -254,6 +257,8 @@ def test_an_unknown_preset_lists_the_known(project, monkeypatch, capsys):
         (["method"], "no axis 'method'; write AXIS=VALUE"),
         (["backbone=ResNet-18"], "backbone has no 'ResNet-18'; choose one of ResNet-50, ResNet-1"),
         (["size=320x320", "procedure="], "procedure has no ''"),
+        (["method=CAM", "Method=deeplabcam"], "method is set twice, to 'CAM' and 'DeepLabCAM'"),
+        (["method=CAM", "method=CAM"], "method is set twice"),
     ],
 )
 @pytest.mark.parametrize("name", ["tiny", "voc-rounds-every-2"])
@@ -292,6 +297,13 @@ def test_presets_are_listed_with_their_titles(arguments):
         assert any(
             line.startswith(name) and line.endswith(title) for line in answer.stdout.splitlines()
         )
+
+
+@pytest.mark.parametrize("words", [["nope"], ["tiny", "method=CAM"]])
+def test_a_list_of_presets_takes_no_name(words, project, monkeypatch, capsys):
+    code, out, err = run_main(monkeypatch, capsys, "preset", "--list", *words)
+    assert code == 2 and out == "" and "--list" in err and words[0] in err
+    assert err.count("\n") == 1 and (project / "params.yaml").read_text() == PARAMS
 
 
 def write_reports(root, rounds, metrics):
@@ -336,6 +348,23 @@ def test_results_show_the_random_walk_where_there_is_one(project, monkeypatch, c
     path.write_text('{"train": {"images": 4}}')
     code, _, err = run_main(monkeypatch, capsys, "results")
     assert code == 2 and "random_walk" in err and err.count("\n") == 1
+
+
+def test_columns_of_the_segmenters_are_below_their_heads(project, monkeypatch, capsys):
+    write_reports(project, HEADER, "{}")
+    for place, name in enumerate(("last_round", "random_walk_crf")):
+        path = project / f"reports/train_segmenter/{name}/metrics.json"
+        path.parent.mkdir(parents=True)
+        splits = f'{{"val": {{"miou": 0.{place + 1}, "crf_miou": 0.5}}}}'
+        path.write_text(f'{{"label_set": "{name}", "splits": {splits}}}')
+    _, out, _ = run_main(monkeypatch, capsys, "results")
+    lines = out.partition("mIoU of the segmenters, %\n")[2].splitlines()[:3]
+    assert [line.split()[0] for line in lines] == ["trained", "last_round", "random_walk_crf"]
+    assert (
+        len({line.index(word) for line, word in zip(lines, ("split", "val", "val"), strict=True)})
+        == 1
+    )
+    assert len(set(map(len, lines))) == 1
 
 
 @pytest.mark.parametrize(

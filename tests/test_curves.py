@@ -99,6 +99,10 @@ def test_the_workspace_alone_is_drawn(tmp_path):
         ("epoch,round,cam_miou\n1,1,nan\n", [], "no image of the split has a mask"),
         ("epoch,round,cam_miou\n1,1,high\n", [], "workspace is damaged"),
         ("epoch\n1\n", [], "workspace is damaged"),
+        # Before anything is read.
+        (None, ["--out", "x.pdf"], "--out: x.pdf does not end in .png"),
+        (None, ["--out", "x"], "--out: x does not end in .png"),
+        (None, ["--out", "."], "--out: . is a folder; name a PNG file"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(text, arguments, words, tmp_path, monkeypatch, capsys):

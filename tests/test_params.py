@@ -135,6 +135,7 @@ def test_an_error_is_one_line_with_the_name(section, change, words, tree):
         ([("round_00", "data/pseudo_labels/round_00")], "unknown label set 'round_00'"),
         ([("round_2", "data/pseudo_labels/round_2")], "such as round_02"),
         ([("round_02", "data/pseudo_labels/round_01")], "path: data/pseudo_labels/round_02"),
+        ([("last_round", "data/pseudo_labels/round_02")], "path: data/pseudo_labels"),
         ([("seeds", "data/prepared")], "path: data/cams"),
         ([("seeds", "data/cams"), ("seeds", "data/cams")], "lists seeds twice"),
     ],
@@ -157,16 +158,46 @@ def test_label_sets_of_every_kind_and_none(tree):
     known = (
         "ground_truth",
         "seeds",
+        "last_round",
         "random_walk",
         "random_walk_crf",
         "round_01",
         "round_12",
         "round_100",
     )
+    tree["train_cam"] |= {"epochs": 200, "round_every": 1}
     entries = [{"name": name, "path": params.label_set_path(name)} for name in known]
     for sets in (entries, []):
         tree["label_sets"] = sets
         assert len(params.validate(tree, "here").label_sets) == len(sets)
+
+
+@pytest.mark.parametrize(
+    ("change", "rounds", "words"),
+    [
+        ({}, 4, "train_cam makes is round_04;"),
+        ({"epochs": 45}, 4, "train_cam makes is round_04;"),
+        ({"epochs": 44}, 3, "train_cam makes is round_03;"),
+        ({"round_every": 50}, 1, "train_cam makes is round_01;"),
+        # Only the cap is sure: after the epochs 20, 30 and 40.
+        ({"round_rule": "convergence"}, 3, "makes for certain is round_03;"),
+        ({"round_rule": "convergence", "round_every": 1}, 3, "makes for certain is round_03;"),
+    ],
+)
+def test_a_round_that_is_not_made_for_certain_is_refused(change, rounds, words, tree):
+    tree["train_cam"] |= change
+    tree["label_sets"] = [{"name": "", "path": ""}]
+    for number in (1, rounds, rounds + 1):
+        name = f"round_{number:02d}"
+        tree["label_sets"][0] |= {"name": name, "path": f"data/pseudo_labels/{name}"}
+        if number <= rounds:
+            params.validate(tree, "params.yaml")
+            continue
+        with pytest.raises(UserError) as caught:
+            params.validate(tree, "params.yaml")
+        message = str(caught.value)
+        assert message.startswith(f"params.yaml: label_sets lists {name}, but the last round ")
+        assert words in message and "or last_round" in message and "\n" not in message
 
 
 def test_an_experiment_and_a_preset_leave_the_comments_of_params_yaml(tmp_path):

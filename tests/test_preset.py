@@ -5,7 +5,7 @@ import shlex
 import pytest
 from ruamel.yaml import YAML
 
-from isim import paper, params, preset, rounds
+from isim import paper, params, preset
 
 PAPER = paper.load()
 BASE = PAPER.preset
@@ -47,20 +47,6 @@ def test_a_preset_differs_from_the_first_in_its_settings_alone(name):
     values = load(name)
     assert different(load(BASE), values) <= allowed.keys()
     assert {key: paper.dig(values, key) for key in allowed} == allowed
-
-
-@pytest.mark.parametrize("name", sorted(preset.titles()))
-def test_segmenters_of_a_preset_have_the_rounds_they_are_trained_on(name):
-    values = params.validate(load(name), name)
-    rows, ends = [], []
-    for _ in range(values.train_cam.epochs):
-        # Losses that go on falling: the fewest rounds that there can be.
-        losses = dict.fromkeys(("classification_loss", "segmentation_loss"), 0.5 ** len(rows))
-        rows.append(losses)
-        if rounds.due(values.train_cam, rows, ends):
-            ends.append(len(rows))
-    wanted = [e.name for e in values.label_sets if e.name.startswith("round_")]
-    assert {int(label_set[6:]) for label_set in wanted} <= set(range(1, len(ends) + 1))
 
 
 def test_the_figures_expected_are_those_of_the_cells():

@@ -135,6 +135,26 @@ def test_convergence_starts_after_the_warm_up_and_forgets_what_was_before_a_roun
     assert ends(params, warm + slow) == [3, 12]
 
 
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.sampled_from(["frequency", "convergence"]),
+    st.lists(st.tuples(LOSSES, LOSSES), min_size=60, max_size=60),
+)
+def test_the_certain_rounds_are_the_fewest(tiny, warm, more, every, rule, losses):
+    """By frequency, all."""
+    convergence = tiny.train_cam.convergence.model_copy(update={"cap": every})
+    changes = {"warmup_epochs": warm, "epochs": warm + more, "round_rule": rule}
+    changes |= {"round_every": every, "convergence": convergence}
+    params = tiny.train_cam.model_copy(update=changes)
+    found = ends(params, losses[: params.epochs])
+    # Losses that halve with every epoch do not converge.
+    fewest = ends(params, [(0.5**epoch, 1.0) for epoch in range(params.epochs)])
+    assert len(fewest) == params.certain_rounds <= len(found)
+    assert rule == "convergence" or len(found) == params.certain_rounds
+
+
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
 def test_cams_are_measured_every_so_many_epochs(every, expected, tiny):
     params = tiny.train_cam.model_copy(update={"score_every": every})

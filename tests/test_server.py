@@ -157,10 +157,13 @@ def test_the_command(project, monkeypatch, capsys):
     assert (code, err) == (0, "") and out.startswith("here.tgz: 2 predictions")
     assert len(members(project / "here.tgz")) == 2
     (project / "folder").mkdir()
-    for arguments in (("round_04", "val"), ("round_04", "test", "--out", "folder")):
+    for arguments, words in (
+        (("round_04", "val"), "eval_splits"),
+        (("round_04", "test", "--out", "folder"), "cannot write folder: it is a folder; choose"),
+    ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
-        assert err.startswith("isim: error: ") and err.count("\n") == 1
+        assert err.startswith("isim: error: ") and err.count("\n") == 1 and words in err
     # It lists round_04 no more, whose predictions stay where they are.
     preset.write("voc-deeplabcam-resnet50", project / "params.yaml")
     assert run("round_04", "test", "--out", "old.tgz") == (

@@ -213,20 +213,15 @@ def _sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[s
     Raises:
         UserError: The label set is not there, or has nothing for any of the items.
     """
-    base = root / str(label_set_path(name))
     if name == "ground_truth":
         sources = {item.id: item.mask for item in items if item.mask is not None}
         remedy = "give the images masks, or train on another label set"
     else:
-        # A round is of one split, the others have a folder a split.
-        refined = name.endswith("_crf")
-        folder = (
-            base if name.startswith("round_") else base / (f"{split}_crf" if refined else split)
-        )
+        folder = _folder(name, split, root)
         stages = {"data/cams": "export-cams", "data/random_walk": "random-walk"}
         stage = stages.get(str(label_set_path(name)), "train-cam")
         remedy = f"run `isim {stage}` first, for split '{split}'"
-        if refined:
+        if name.endswith("_crf"):
             remedy += ", with crf_after: true"
         if not folder.is_dir():
             raise UserError(f"label set '{name}': {folder} is missing; {remedy}")
@@ -239,6 +234,19 @@ def _sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[s
             f"map; {remedy}"
         )
     return sources
+
+
+def _folder(name: str, split: str, root: Path) -> Path:
+    """Folder of a label set's files, whether it is there or not."""
+    base = root / str(label_set_path(name))
+    # A round is of one split, the others have a folder a split.
+    if name.startswith("round_"):
+        return base
+    if name == "last_round":
+        # By number: as text, round_100 comes before round_99.
+        numbers = [int(path.name[6:]) for path in base.glob("round_*") if path.name[6:].isdigit()]
+        return base / f"round_{max(numbers, default=1):02d}"
+    return base / (f"{split}_crf" if name.endswith("_crf") else split)
 
 
 def _write_seeds(

@@ -22,7 +22,7 @@ from isim.regeneration import grow
 from isim.stages import train_segmenter
 
 NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
-PATHS = {name: params.label_set_path(name) for name in NAMES}
+PATHS = {name: params.label_set_path(name) for name in (*NAMES, "last_round")}
 
 
 def change(root, **changes):
@@ -74,7 +74,7 @@ def project(finished_project, tmp_path, recorder):
     """A project of the test's own, in which all but the segmenters is finished."""
     root = tmp_path / "project"
     shutil.copytree(finished_project, root)
-    list_label_sets(root)
+    list_label_sets(root, PATHS)
     return root
 
 
@@ -156,6 +156,25 @@ def test_the_walk_and_what_the_crf_made_of_it_are_two_label_sets(name, folder, s
     root = segmented[0]
     sources = train_segmenter._sources(f"random_walk{name}", "train", items_of(root, "train"), root)
     assert {path.parent for path in sources.values()} == {root / "data/random_walk" / folder}
+
+
+def test_the_last_round_is_the_one_of_the_highest_number(segmented, tmp_path):
+    items = items_of(segmented[0], "train")
+    for name in ("round_02", "round_99", "round_100", "round_x", "rounds"):
+        folder = tmp_path / "data/pseudo_labels" / name
+        folder.mkdir(parents=True)
+        (folder / f"{items[0].id}.png").touch()
+    sources = train_segmenter._sources("last_round", "train", items, tmp_path)
+    assert list(sources.values()) == [tmp_path / f"data/pseudo_labels/round_100/{items[0].id}.png"]
+
+
+def test_the_last_round_and_its_number_give_the_same_segmenter(segmented, project, command):
+    assert command("last_round") == (0, "")
+    model, same = (
+        root / f"models/train_segmenter/{name}/model.safetensors"
+        for root, name in ((segmented[0], "round_02"), (project, "last_round"))
+    )
+    assert model.read_bytes() == same.read_bytes()
 
 
 def test_label_sets_give_different_segmenters(segmented):
@@ -325,6 +344,7 @@ BAD_INPUT = {
         "random_walk_crf",
         "for split 'train', with crf_after: true",
     ),
+    "no round at all": (remove("data/pseudo_labels"), "last_round", "isim train-cam"),
     "nothing prepared": (remove("data/prepared"), "round_02", "isim prepare"),
     "no label map": (no_labels, "round_02", "none of the 16 images of split 'train'"),
     "one label map": (one_label, "round_02", "train_segmenter.batch"),
