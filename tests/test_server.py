@@ -31,7 +31,7 @@ def project(tmp_path, make_devkit, recorder, tiny):
         for name in SPLITS["test"]:
             pixels = np.zeros((24, 32), np.uint8)
             pixels[3:9, 5:12] = label
-            write_label_map(root / f"data/predictions/round_04/{folder}/{name}.png", pixels)
+            write_label_map(root / f"data/predictions/last_round/{folder}/{name}.png", pixels)
     return root
 
 
@@ -42,12 +42,12 @@ def members(path):
 
 @pytest.mark.parametrize(("crf", "name"), [(False, "test"), (True, "test_crf")])
 def test_the_archive_holds_the_predictions_as_they_are(project, crf, name):
-    path, count = server.write(project, "round_04", "test", crf, None)
-    assert (path, count) == (project / f"reports/server/round_04_{name}.tgz", 2)
+    path, count = server.write(project, "last_round", "test", crf, None)
+    assert (path, count) == (project / f"reports/server/last_round_{name}.tgz", 2)
     found = members(path)
     assert list(found) == [f"{PREFIX}2008_000001.png", f"{PREFIX}2008_000006.png"]
     for full, (member, data) in found.items():
-        source = project / f"data/predictions/round_04/{name}" / full.removeprefix(PREFIX)
+        source = project / f"data/predictions/last_round/{name}" / full.removeprefix(PREFIX)
         assert data == source.read_bytes()
         assert member.isfile() and (member.mtime, member.uid, member.gid) == (0, 0, 0)
         assert (member.uname, member.gname, member.mode) == ("", "", 0o644)
@@ -57,20 +57,20 @@ def test_the_archive_holds_the_predictions_as_they_are(project, crf, name):
 
 
 def test_the_same_predictions_give_the_same_bytes(project, monkeypatch):
-    first = server.write(project, "round_04", "test", False, None)[0].read_bytes()
+    first = server.write(project, "last_round", "test", False, None)[0].read_bytes()
     # Another moment, other files of the same contents, another name.
-    for path in (project / "data/predictions/round_04/test").iterdir():
+    for path in (project / "data/predictions/last_round/test").iterdir():
         data = path.read_bytes()
         path.unlink()
         path.write_bytes(data)
     monkeypatch.setattr("time.time", lambda: 2e9)
     other = project / "elsewhere/archive.tar.gz"
-    assert server.write(project, "round_04", "test", False, other) == (other, 2)
+    assert server.write(project, "last_round", "test", False, other) == (other, 2)
     assert other.read_bytes() == first
 
 
 def prediction(root):
-    return root / "data/predictions/round_04/test/2008_000001.png"
+    return root / "data/predictions/last_round/test/2008_000001.png"
 
 
 def save(root, **changes):
@@ -121,7 +121,7 @@ def test_what_the_server_would_not_take_is_refused(kind, project):
     spoil, message = BAD[kind]
     spoil(project)
     with pytest.raises(UserError, match=message) as caught:
-        server.write(project, "round_04", "test", False, None)
+        server.write(project, "last_round", "test", False, None)
     assert "\n" not in str(caught.value)
     assert not (project / "reports/server").exists()
 
@@ -129,11 +129,11 @@ def test_what_the_server_would_not_take_is_refused(kind, project):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("round_05", "test", False), "'round_05', but of round_04; run `isim train-segmenter"),
-        (("../predictions/round_04", "test", False), "no predictions of label set"),
-        (("round_04", "testing", False), "no split 'testing'"),
-        (("round_04", "val", False), "add val to train_segmenter.eval_splits, then"),
-        (("round_04", "val", True), "train_segmenter.crf_after: true"),
+        (("round_06", "test", False), "'round_06', but of last_round; run `isim train-segmenter"),
+        (("../predictions/last_round", "test", False), "no predictions of label set"),
+        (("last_round", "testing", False), "no split 'testing'"),
+        (("last_round", "val", False), "add val to train_segmenter.eval_splits, then"),
+        (("last_round", "val", True), "train_segmenter.crf_after: true"),
     ],
 )
 def test_predictions_that_were_not_made(arguments, message, project):
@@ -153,23 +153,23 @@ def test_the_command(project, monkeypatch, capsys):
             cli.main()
         return stop.value.code or 0, *capsys.readouterr()
 
-    code, out, err = run("round_04", "test", "--crf", "--out", "here.tgz")
+    code, out, err = run("last_round", "test", "--crf", "--out", "here.tgz")
     assert (code, err) == (0, "") and out.startswith("here.tgz: 2 predictions")
     assert len(members(project / "here.tgz")) == 2
     (project / "folder").mkdir()
     for arguments, words in (
-        (("round_04", "val"), "eval_splits"),
-        (("round_04", "test", "--out", "folder"), "cannot write folder: it is a folder; choose"),
+        (("last_round", "val"), "eval_splits"),
+        (("last_round", "test", "--out", "folder"), "cannot write folder: it is a folder; choose"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert err.startswith("isim: error: ") and err.count("\n") == 1 and words in err
-    # It lists round_04 no more, whose predictions stay where they are.
+    # It lists last_round no more, whose predictions stay where they are.
     preset.write("voc-deeplabcam-resnet50", project / "params.yaml")
-    assert run("round_04", "test", "--out", "old.tgz") == (
+    assert run("last_round", "test", "--out", "old.tgz") == (
         2,
         "",
-        "isim: error: no label set 'round_04' in params.yaml; label_sets has random_walk_crf\n",
+        "isim: error: no label set 'last_round' in params.yaml; label_sets has random_walk_crf\n",
     )
     assert not (project / "old.tgz").exists()
 
