@@ -89,14 +89,16 @@ def _final(metrics: dict[str, dict[str, float | None]]) -> str:
 
 
 def _segmenters(reports: list[dict[str, Any]]) -> str:
+    names = ("trained on", *(report["label_set"] for report in reports))
+    width = max(map(len, names))
     lines = [
         "mIoU of the segmenters, %",
-        "trained on    split      mIoU  after CRF",
+        f"{names[0]:<{width}}  split      mIoU  after CRF",
     ]
     for report in reports:
         for split, figures in report["splits"].items():
             plain, refined = _percent(figures["miou"]), _percent(figures.get("crf_miou"))
-            lines.append(f"{report['label_set']:<12}  {split:<9} {plain:>5}  {refined:>9}")
+            lines.append(f"{report['label_set']:<{width}}  {split:<9} {plain:>5}  {refined:>9}")
     return "\n".join(lines)
 
 

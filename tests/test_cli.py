@@ -350,6 +350,21 @@ def test_results_show_the_random_walk_where_there_is_one(project, monkeypatch, c
     assert code == 2 and "random_walk" in err and err.count("\n") == 1
 
 
+def test_columns_of_the_segmenters_are_below_their_heads(project, monkeypatch, capsys):
+    write_reports(project, HEADER, "{}")
+    for place, name in enumerate(("last_round", "random_walk_crf")):
+        path = project / f"reports/train_segmenter/{name}/metrics.json"
+        path.parent.mkdir(parents=True)
+        splits = f'{{"val": {{"miou": 0.{place + 1}, "crf_miou": 0.5}}}}'
+        path.write_text(f'{{"label_set": "{name}", "splits": {splits}}}')
+    _, out, _ = run_main(monkeypatch, capsys, "results")
+    lines = out.partition("mIoU of the segmenters, %\n")[2].splitlines()[:3]
+    assert [line.split()[0] for line in lines] == ["trained", "last_round", "random_walk_crf"]
+    words = ("split", "val", "val")
+    assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
+    assert len(set(map(len, lines))) == 1
+
+
 @pytest.mark.parametrize(
     ("rounds", "metrics"),
     [
