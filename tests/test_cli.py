@@ -360,10 +360,8 @@ def test_columns_of_the_segmenters_are_below_their_heads(project, monkeypatch, c
     _, out, _ = run_main(monkeypatch, capsys, "results")
     lines = out.partition("mIoU of the segmenters, %\n")[2].splitlines()[:3]
     assert [line.split()[0] for line in lines] == ["trained", "last_round", "random_walk_crf"]
-    assert (
-        len({line.index(word) for line, word in zip(lines, ("split", "val", "val"), strict=True)})
-        == 1
-    )
+    words = ("split", "val", "val")
+    assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
     assert len(set(map(len, lines))) == 1
 
 

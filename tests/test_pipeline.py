@@ -12,13 +12,14 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 TINY = YAML(typ="safe").load((ROOT / "isim/presets/tiny.yaml").read_text())
-SEGMENTERS = [f"train_segmenter@labels{place}" for place in range(len(TINY["label_sets"]))]
+LABEL_SETS = [entry["name"] for entry in TINY["label_sets"]]
+SEGMENTERS = [f"train_segmenter@labels{place}" for place in range(len(LABEL_SETS))]
 STAGES = [
     stage for name in PIPELINE for stage in (SEGMENTERS if name == "train_segmenter" else [name])
 ]
 # The segmenter of the ground truth does not depend on the training.
-CEILING = [labels["name"] for labels in TINY["label_sets"]].index("ground_truth")
-AFTER_TRAINING = [stage for stage in STAGES[1:] if stage != SEGMENTERS[CEILING]]
+CEILING = SEGMENTERS[LABEL_SETS.index("ground_truth")]
+AFTER_TRAINING = [stage for stage in STAGES[1:] if stage != CEILING]
 
 
 def run(folder, *command):
@@ -130,8 +131,11 @@ def test_push_then_pull_one_round_then_everything_elsewhere(project):
 def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(project, monkeypatch):
     lock = (project / "dvc.lock").read_text()
 
-    done = run(project, "dvc", "exp", "run", "--name", "other-seed", "-S", "train_cam.seed=1")
+    # Half the rounds, too: what is trained on the last one must not miss the others.
+    changes = ("-S", "train_cam.seed=1", "-S", "train_cam.round_every=2")
+    done = run(project, "dvc", "exp", "run", "--name", "other-seed", *changes)
     assert stages_run(done) == AFTER_TRAINING
+    assert [path.name for path in (project / "data/pseudo_labels").iterdir()] == ["round_01"]
     assert (project / "dvc.lock").read_text() != lock
 
     run(project, "isim", "preset", "tiny")
