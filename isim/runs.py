@@ -14,8 +14,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ class Run:
         when: Seconds since 1970.
         lock: The content of `dvc.lock`, each output claimed by one stage at most (`parse_lock`).
         reports: JSON trees, or lists of CSV rows, by path.
+        fetch: The text of a table that is not in `reports`, by path, or None: DVC shows the
+            figures of its experiments, and keeps their tables.
     """
 
     name: str
     when: float
     lock: Tree
     reports: Mapping[str, Any]
+    fetch: Callable[[str], str | None] = field(default=lambda _: None, compare=False)
+
+    def report(self, path: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+        """A JSON tree or a list of CSV rows; None when the run has no such report."""
+        if path in self.reports or not path.endswith(".csv"):
+            return self.reports.get(path)
+        text = self.fetch(path)
+        return None if text is None else _parse_report(path, text)
 
 
 def read_all(root: Path) -> tuple[list[Run], str | None]:
@@ -56,7 +67,12 @@ def read_all(root: Path) -> tuple[list[Run], str | None]:
     found = workspace(root)
     runs = [found] if found else []
     try:
-        known = from_dvc(_exp_show(root), lambda revision, path: _text_at(root, revision, path))
+        known = from_dvc(
+            _exp_show(root),
+            lambda revision, path: _text_at(root, revision, path),
+            # A table holds the figures of many cells.
+            cache(lambda revision, path: _out_at(root, revision, path)),
+        )
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         why = str(getattr(error, "stderr", None) or error).strip().splitlines()
         return runs, f"DVC experiments cannot be read ({why[-1] if why else 'no reason given'})"
@@ -83,19 +99,26 @@ def workspace(root: Path) -> Run | None:
         except OSError:
             continue
         if claim and hashlib.md5(data, usedforsecurity=False).hexdigest() == claim.md5:
-            text = data.decode()
-            csv_rows = list(csv.DictReader(io.StringIO(text))) if name.endswith(".csv") else None
-            reports[name] = json.loads(text) if csv_rows is None else csv_rows
+            reports[name] = _parse_report(name, data.decode())
     return Run("workspace", when, lock, reports)
 
 
-def from_dvc(states: list[Tree], text_at: Callable[[str, str], str | None]) -> list[Run]:
+def _parse_report(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+    return list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else json.loads(text)
+
+
+def from_dvc(
+    states: list[Tree],
+    text_at: Callable[[str, str], str | None],
+    out_at: Callable[[str, str], str | None],
+) -> list[Run]:
     """Runs in the output of `dvc exp show --json`.
 
     Args:
         states: A list of the workspace and commits; a commit has `experiments`, each with `revs`,
             the last state first.
         text_at: Text of a file that git has, by revision and path, or None.
+        out_at: The same of a file that DVC has.
 
     Returns:
         Commits and experiments that have a `dvc.lock`. Queued, running and failed ones have not
@@ -123,7 +146,7 @@ def from_dvc(states: list[Tree], text_at: Callable[[str, str], str | None]) -> l
             when = datetime.fromisoformat(data["timestamp"]).timestamp()
             name = found.get("name") or found["rev"][:7]
             lock = parse_lock(text, text_at(found["rev"], "params.yaml"))
-            runs.append(Run(name, when, lock, reports))
+            runs.append(Run(name, when, lock, reports, partial(out_at, found["rev"])))
     return runs
 
 
@@ -142,14 +165,9 @@ def at(root: Path, name: str, path: str) -> tuple[str, Tree | None] | None:
     Raises:
         UserError: There is no such experiment or revision.
     """
-    # Imported here: it takes a second, and only this needs it.
-    import dvc.api
-    from dvc.exceptions import DvcException
-
     revision = _resolve(root, name)
-    try:
-        text = dvc.api.read(path, repo=str(root), rev=revision)
-    except (OSError, DvcException):
+    text = _out_at(root, revision, path)
+    if text is None:
         return None
     written = _text_at(root, revision, "dvc.lock") or ""
     lock = parse_lock(written, _text_at(root, revision, "params.yaml"))
@@ -300,6 +318,18 @@ def _text_at(root: Path, revision: str, path: str) -> str | None:
         return _output(root, "git", "show", f"{revision}:./{path}")
     except subprocess.CalledProcessError:
         return None
+
+
+def _out_at(root: Path, revision: str, path: str) -> str | None:
+    # Imported here: it takes a second, and only this needs it.
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        text: str = dvc.api.read(path, repo=str(root), rev=revision)
+    except (OSError, DvcException):
+        return None
+    return text
 
 
 def _output(root: Path, *command: str) -> str:

@@ -85,12 +85,15 @@ def _measure(cell: Cell, runs: Sequence[Run], paper: Paper) -> Measured | None:
     found: dict[str, tuple[Run, float, str]] = {}
     for run in runs:
         parameters = lineage(run.lock, figure.file)
-        value = _value(run.reports.get(figure.file), figure)
-        if parameters is None or value is None:
+        if parameters is None:
             continue
         if not all(equal(dig(parameters, k), v) for k, v in cell.matched.items()):
             continue
         if not _whole_splits(run, figure, parameters, paper):
+            continue
+        # Last: it may be a file to get.
+        value = _value(run.report(figure.file), figure)
+        if value is None:
             continue
         profile = str(dig(parameters, paper.profile))
         record = repr(writer(run.lock, figure.file))

@@ -144,7 +144,9 @@ def test_of_two_records_of_a_label_set_the_one_in_the_list_counts(
     (tmp_path / REPORT).write_text(NEW if present == 0 else OLD)
     here = runs.workspace(tmp_path)
     experiment = runs.from_dvc(
-        [state("a" * 40)], lambda _, path: text if path == "dvc.lock" else listed
+        [state("a" * 40)],
+        lambda _, path: text if path == "dvc.lock" else listed,
+        lambda *_: None,
     )[0]
     if present is None:
         assert found is record is None and REPORT not in here.reports
@@ -205,7 +207,7 @@ def test_experiments_and_commits_are_runs_unless_they_have_not_ended():
         state("0" * 40),
     ]
     texts = {(rev * 40, "dvc.lock"): json.dumps(LOCK) for rev in "acef1"}
-    found = runs.from_dvc(states, lambda *wanted: texts.get(wanted))
+    found = runs.from_dvc(states, lambda *wanted: texts.get(wanted), lambda *_: None)
     assert [run.name for run in found] == ["dry-toad", "big-cat", "main", "1111111"]
     assert found[0].reports == {"m.json": {"rev": "a" * 40}} and found[0].lock == LOCK
     assert set(found[1].reports) == {"m.json"}
@@ -231,6 +233,8 @@ stages:
     metrics:
       - reports/train_cam/metrics.json:
           cache: false
+    outs:
+      - reports/train_cam/per_class.csv
 """
 SCRIPT = """\
 import json, os
@@ -238,6 +242,7 @@ from ruamel.yaml import YAML
 crop = YAML().load(open("params.yaml"))["train_cam"]["crop"]
 os.makedirs("reports/train_cam", exist_ok=True)
 json.dump({"crop": crop}, open("reports/train_cam/metrics.json", "w"))
+open("reports/train_cam/per_class.csv", "w").write(f"class,iou\\ncat,{crop / 1000}\\n")
 """
 
 
@@ -261,6 +266,13 @@ def test_real_experiments_are_read_with_what_they_ran_with(repository):
     assert crops["workspace"] == 256 and crops["larger"] == 320
     assert all(run.reports[path] == {"crop": crops[run.name]} for run in found)
     assert 512 not in crops.values() and len(found) == 4
+    # Tables lie in DVC's cache, where `dvc exp show` does not look.
+    table = "reports/train_cam/per_class.csv"
+    assert [table in run.reports for run in found] == [run.name == "workspace" for run in found]
+    for run in found:
+        assert run.report(table) == [{"class": "cat", "iou": str(crops[run.name] / 1000)}]
+        assert run.report("reports/train_cam/rounds.csv") is None
+        assert run.report("reports/other.json") is None
 
 
 def test_a_report_is_read_from_a_revision_without_a_checkout(repository):

@@ -138,6 +138,25 @@ def test_numbers_compare_by_value_and_other_parameters_do_not_matter():
     assert measured("2", run_of(ONE, 0.5, images=10582, **more))
 
 
+def test_table_12_is_read_from_the_tables_of_experiments():
+    cell = cell_of("12", "sheep", "IoU")
+    text = "source,class,iou\nval,cat,0.9\ntest,sheep,0.8\nval,sheep,0.7\n"
+    wanted = []
+    run = replace(run_of(cell, 0), name="exp")
+    reports = {path: report for path, report in run.reports.items() if path != cell.figure.file}
+    run = replace(run, reports=reports, fetch=lambda path: wanted.append(path) or text)
+    found = measured("12", run)
+    assert {key: entry.value for key, entry in found.items()} == {
+        ("cat", "IoU"): pytest.approx(90),
+        ("sheep", "IoU"): pytest.approx(70),
+    }
+    assert set(wanted) == {cell.figure.file}
+    # No table of a run that does not match is asked for: it may have to come from a remote.
+    wanted.clear()
+    run.lock["stages"]["train_cam"]["params"]["params.yaml"]["train_cam"]["crop"] = 448
+    assert measured("12", run) == {} and wanted == []
+
+
 def test_figures_without_a_value_stay_blank():
     for value in (None, float("nan"), "much"):
         assert measured("2", run_of(ONE, value)) == {}
