@@ -10,6 +10,7 @@ from typing import Any
 
 from isim import runs, viz
 from isim.errors import UserError
+from isim.paper import flatten
 
 REPORT = "reports/train_cam/miou.csv"
 COLUMNS = {
@@ -72,7 +73,7 @@ def _experiment(root: Path, name: str) -> Source:
             "`dvc fetch` it if it was run elsewhere"
         )
     text, parameters = found
-    return Source(text, _flat((parameters or {}).get("train_cam", {})))
+    return Source(text, flatten((parameters or {}).get("train_cam", {})))
 
 
 def _workspace(root: Path) -> Source | None:
@@ -83,17 +84,7 @@ def _workspace(root: Path) -> Source | None:
     run = runs.workspace(root)
     # A report that DVC did not record is shown, too; what it was made with is not known.
     parameters = run and REPORT in run.reports and runs.lineage(run.lock, REPORT)
-    return Source(text, _flat((parameters or {}).get("train_cam", {})))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return Source(text, flatten((parameters or {}).get("train_cam", {})))
 
 
 def _labels(sources: Mapping[str, Source]) -> dict[str, str]:

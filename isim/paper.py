@@ -7,6 +7,7 @@ put together, not what is in it.
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ class Figure:
 
     `file` is a report (JSON, or CSV with the row that `where` picks) and None where no report
     can hold the value; `key` is dotted in JSON, a column in CSV. `stage` writes the file.
-    `images` is the key of the number of images that the value is over, `scored` their split,
-    each None where the file does not say.
+    `scored` is the split that the value is over, `images` the key of the number of its images
+    that were scored; each None where there is none.
     """
 
     stage: str
@@ -72,12 +73,23 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Where a run says how many images it was trained on: report, key; parameter of the split."""
+class Counted:
+    """Where a run says how many images `{split}` has: report, key (with the dots that it has).
+
+    `trained` is the parameter that names the split that was trained on.
+    """
 
     file: str
     key: str
-    split: str
+    trained: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A parameter that is shown and not compared; what its values need of other parameters."""
+
+    parameter: str
+    needs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,17 +105,18 @@ class Preset:
 class Paper:
     """All of `paper.yaml`.
 
-    `preset` holds the values of parameters that cells do not name, and `presets` are others on
-    top of it; `axes` has the parameters of each axis's values; `stages` is the pipeline's order;
-    `images` counts the images of whole splits; `profile` is the parameter that is shown beside a
-    measured value.
+    `values` are those of `preset`, which hold for parameters that cells do not name, and
+    `presets` are others on top of it; `axes` has the parameters of each axis's values; `stages`
+    is the pipeline's order; `images` counts the images of whole splits; `profile` is what is
+    shown beside a measured value.
     """
 
     preset: str
+    values: Mapping[str, Any]
     stages: tuple[str, ...]
     images: Mapping[str, int]
-    trained: Trained
-    profile: str
+    counted: Counted
+    profile: Profile
     axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
     presets: tuple[Preset, ...]
     tables: tuple[Table, ...]
@@ -168,12 +181,22 @@ def _named(name: str, known: Iterable[str]) -> str | None:
 
 def load() -> Paper:
     """Read `paper.yaml` of the installed package."""
-    path = Path(str(resources.files("isim"))) / "paper.yaml"
-    return parse(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+    folder = Path(str(resources.files("isim")))
+    tree = _read(folder / "paper.yaml")
+    return parse(tree, _read(folder / "presets" / f"{tree['preset']}.yaml"))
 
 
-def parse(tree: Mapping[str, Any]) -> Paper:
+def _read(path: Path) -> Mapping[str, Any]:
+    tree: Mapping[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    return tree
+
+
+def parse(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Paper:
     """Put the cells of a tree like `paper.yaml` together.
+
+    Args:
+        tree: As `paper.yaml`.
+        values: All parameters, as the preset that the tree names has them.
 
     Raises:
         KeyError: A setting that is on no axis, or a figure that is not described.
@@ -181,19 +204,20 @@ def parse(tree: Mapping[str, Any]) -> Paper:
     """
     return Paper(
         preset=tree["preset"],
+        values=values,
         stages=tuple(tree["stages"]),
-        trained=Trained(**tree["trained"]),
+        counted=Counted(**tree["counted"]),
         images=tree["images"],
-        profile=tree["profile"],
+        profile=Profile(**tree["profile"]),
         axes=tree["axes"],
         presets=tuple(
             Preset(entry["name"], entry["title"], entry["with"]) for entry in tree["presets"]
         ),
-        tables=tuple(_table(entry, tree) for entry in tree["tables"]),
+        tables=tuple(_table(entry, tree, flatten(values)) for entry in tree["tables"]),
     )
 
 
-def _table(entry: Mapping[str, Any], tree: Mapping[str, Any]) -> Table:
+def _table(entry: Mapping[str, Any], tree: Mapping[str, Any], given: Mapping[str, Any]) -> Table:
     rows, columns = (_lines(entry[name], tree["axes"]) for name in ("rows", "columns"))
     blank = [[None] * len(columns)] * len(rows)
     figures = entry.get("paper", blank)
@@ -202,7 +226,7 @@ def _table(entry: Mapping[str, Any], tree: Mapping[str, Any]) -> Table:
         tuple(
             Cell(value, {}, {}, None)
             if row is None
-            else _cell(shared | row | (column or {}), value, tree)
+            else _cell(shared | row | (column or {}), value, tree, given)
             for column, value in zip(columns.values(), values, strict=True)
         )
         for row, values in zip(rows.values(), figures, strict=True)
@@ -221,7 +245,12 @@ def _lines(
     return {name: dict.fromkeys(entry["over"], name) for name in names}
 
 
-def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, Any]) -> Cell:
+def _cell(
+    settings: Mapping[str, str],
+    paper: float | None,
+    tree: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Cell:
     described = tree["figures"][settings["figure"]]
 
     def depends(name: str) -> bool:
@@ -231,8 +260,18 @@ def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, A
     for axis, value in settings.items():
         if axis not in REPORTING:
             parameters |= {k: v for k, v in tree["axes"][axis][value].items() if depends(k)}
-    common = {name: value for name, value in tree["common"].items() if depends(name)}
-    matched = {k: v for k, v in (common | parameters).items() if k not in tree["run_only"]}
+    values = {**given, **parameters}
+    unused = [
+        pattern for name, meant in tree["unused"].items() for pattern in meant.get(values[name], ())
+    ]
+    compared = described.get("compared", ())
+    not_compared = (*tree["not_compared"], *described.get("not_compared", ()))
+    common = {k: v for k, v in given.items() if depends(k) and not _fits(k, unused)}
+    matched = {
+        name: value
+        for name, value in (common | parameters).items()
+        if name in compared or not _fits(name, not_compared)
+    }
     words = {"scored": settings.get("scored", ""), "class": settings.get("class", "")}
     where = {name: text.format(**words) for name, text in described.get("where", {}).items()}
     images = described.get("images")
@@ -245,6 +284,21 @@ def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, A
         scored=settings.get("scored"),
     )
     return Cell(paper, parameters, matched, figure)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 @dataclass(frozen=True)
@@ -276,13 +330,12 @@ def experiments(tables: Iterable[Table]) -> list[Experiment]:
     return found
 
 
-def commands(paper: Paper, tables: Iterable[Table], preset: Mapping[str, Any]) -> list[str]:
+def commands(paper: Paper, tables: Iterable[Table]) -> list[str]:
     """Shell lines that run `tables`: write the preset, queue each experiment, start the queue.
 
     Args:
-        paper: Names the preset and the order of stages.
+        paper: Has the preset, whose values are not set again, and the order of stages.
         tables: What is to be run.
-        preset: The values of that preset; what is the same there is not set again.
 
     Returns:
         One command a line.
@@ -292,7 +345,7 @@ def commands(paper: Paper, tables: Iterable[Table], preset: Mapping[str, Any]) -
         options = [
             f"-S {shlex.quote(f'{name}={literal(value)}')}"
             for name, value in experiment.parameters.items()
-            if dig(preset, name) != value
+            if dig(paper.values, name) != value
         ]
         stages = sorted(experiment.stages, key=paper.stages.index)
         lines.append(" ".join(("dvc exp run --queue", *stages, *options)))

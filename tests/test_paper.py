@@ -1,5 +1,6 @@
 """The paper's experiments: its figures, parameters that exist, networks that build, commands."""
 
+import fnmatch
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
@@ -102,17 +103,24 @@ def exists(name: str) -> bool:
 def test_every_parameter_exists():
     names = {name for cell in CELLS for name in (*cell.parameters, *cell.matched)}
     assert [name for name in sorted(names) if not exists(name)] == []
-    assert exists(PAPER.profile) and exists(PAPER.trained.split)
+    assert exists(PAPER.profile.parameter) and exists(PAPER.counted.trained)
     assert not exists("train_cam.colour") and not exists("train_cam.crf.colour")
 
 
-def test_the_preset_has_what_all_cells_have_in_common():
-    """It is not set by commands, so that the preset must bring it."""
-    values = YAML(typ="safe").load(PRESET.read_text())
-    for cell in CELLS:
-        for name in cell.matched.keys() - cell.parameters.keys():
-            if name.split(".")[0] in params.Params.model_fields:
-                assert paper.dig(values, name) == cell.matched[name], name
+def test_every_pattern_is_of_a_parameter():
+    """A misspelt one would compare what it is to leave out, and nobody would notice."""
+    tree = YAML(typ="safe").load((ROOT / "isim/paper.yaml").read_text())
+    values = paper.flatten(PAPER.values)
+    patterns = {name: None for name in tree["not_compared"]}
+    for figure in tree["figures"].values():
+        patterns |= dict.fromkeys((*figure.get("compared", ()), *figure.get("not_compared", ())))
+    for name, meant in tree["unused"].items():
+        assert name in values
+        patterns |= dict.fromkeys(pattern for listed in meant.values() for pattern in listed)
+    for pattern in patterns:
+        assert fnmatch.filter(values, pattern), pattern
+    for needs in PAPER.profile.needs.values():
+        assert needs.keys() <= values.keys()
 
 
 def options(command: str) -> list[str]:
