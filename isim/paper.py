@@ -4,6 +4,7 @@ What each cell is and what the paper found is data; this module knows how a file
 put together, not what is in it.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -55,11 +56,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or an experiment that it shows otherwise: `cells[row][column]`."""
+    """A table of the paper, or an experiment that it shows otherwise: `cells[row][column]`.
+
+    `runs` has the name of each row's runs, None where DVC is to find one.
+    """
 
     name: str
     title: str
     rows: tuple[str, ...]
+    runs: tuple[str | None, ...]
     columns: tuple[str, ...]
     cells: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...]
@@ -232,7 +237,14 @@ def _table(entry: Mapping[str, Any], tree: Mapping[str, Any], given: Mapping[str
         for row, values in zip(rows.values(), figures, strict=True)
     )
     notes = tuple(entry.get("notes", ()))
-    return Table(entry["name"], entry["title"], tuple(rows), tuple(columns), cells, notes)
+    named = entry.get("named", False)
+    runs = tuple(_slug(f"{entry['name']} {row}") if named else None for row in rows)
+    return Table(entry["name"], entry["title"], tuple(rows), runs, tuple(columns), cells, notes)
+
+
+def _slug(words: str) -> str:
+    """Words as the name of an experiment, which is that of a git reference."""
+    return re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")
 
 
 def _lines(
@@ -303,10 +315,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Parameters (dotted names) and the stages to run for every value that hangs on them."""
+    """Parameters (dotted names) and the stages to run for every value that hangs on them.
+
+    `name` is None where any will do.
+    """
 
     parameters: Mapping[str, Any]
     stages: tuple[str, ...]
+    name: str | None
 
 
 def experiments(tables: Iterable[Table]) -> list[Experiment]:
@@ -316,17 +332,24 @@ def experiments(tables: Iterable[Table]) -> list[Experiment]:
     pipeline then gives the other's value, too.
     """
     found: list[Experiment] = []
-    cells = [cell for table in tables for row in table.cells for cell in row if cell.figure]
-    for cell in cells:
-        assert cell.figure is not None
+    cells = [
+        (name, cell)
+        for table in tables
+        for name, row in zip(table.runs, table.cells, strict=True)
+        for cell in row
+    ]
+    for name, cell in cells:
+        if cell.figure is None:
+            continue
         wanted = cell.parameters
         for place, known in enumerate(found):
-            if all(known.parameters.get(name, value) == value for name, value in wanted.items()):
+            if all(known.parameters.get(key, value) == value for key, value in wanted.items()):
                 stages = dict.fromkeys((*known.stages, cell.figure.stage))
-                found[place] = Experiment({**known.parameters, **wanted}, tuple(stages))
+                both = {**known.parameters, **wanted}
+                found[place] = Experiment(both, tuple(stages), known.name or name)
                 break
         else:
-            found.append(Experiment(wanted, (cell.figure.stage,)))
+            found.append(Experiment(wanted, (cell.figure.stage,), name))
     return found
 
 
@@ -348,7 +371,8 @@ def commands(paper: Paper, tables: Iterable[Table]) -> list[str]:
             if dig(paper.values, name) != value
         ]
         stages = sorted(experiment.stages, key=paper.stages.index)
-        lines.append(" ".join(("dvc exp run --queue", *stages, *options)))
+        named = [f"--name {experiment.name}"] if experiment.name else []
+        lines.append(" ".join(("dvc exp run --queue", *named, *stages, *options)))
     lines.append("dvc queue start")
     return lines
 

@@ -1,6 +1,7 @@
 """The paper's experiments: its figures, parameters that exist, networks that build, commands."""
 
 import fnmatch
+import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
@@ -227,6 +228,36 @@ def test_commands_of_a_table():
         stages
         == ["dvc exp run --queue evaluate"] * 7 + ["dvc exp run --queue evaluate random_walk"] * 7
     )
+
+
+def test_the_runs_of_figure_4_have_names_by_which_they_are_drawn():
+    def lines(table):
+        return [line for line in tables.commands(table).splitlines() if " --queue " in line]
+
+    named = [line.split()[5] for line in lines("fig4") if line.split()[4] == "--name"]
+    assert len(named) == len(lines("fig4"))
+    assert named == [
+        *(f"fig4-every-{every}-epochs" for every in (2, 5, 10, 25, 50)),
+        "fig4-on-convergence",
+    ]
+    assert not [line for line in lines("2") if "--name" in line]
+    # Among all tables they keep their names, whatever else these runs are for.
+    assert sorted(line.split()[5] for line in lines(None) if "--name" in line) == sorted(named)
+    text = (ROOT / "docs/experiments.md").read_text()
+    assert f"    isim curves {' '.join(named)}\n" in text
+
+
+def test_no_network_is_trained_twice():
+    """Two runs with the same training share it: `train_cam` differs in values that count."""
+
+    def trained(experiment):
+        section = {k: v for k, v in experiment.parameters.items() if k.startswith("train_cam.")}
+        values = paper.flatten(PAPER.values) | section
+        return {k: v for k, v in values.items() if k.startswith("train_cam.")}
+
+    for one, other in itertools.combinations(paper.experiments(PAPER.tables), 2):
+        differ = {k for k, v in trained(one).items() if trained(other)[k] != v}
+        assert differ != {"train_cam.score_every"}
 
 
 def test_values_are_written_as_dvc_reads_them():
