@@ -160,17 +160,20 @@ def server_archive(
 def curves(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(help="DVC experiments, or git revisions, beside the workspace."),
+        typer.Argument(help="DVC experiments, or git revisions; without any the workspace."),
     ] = None,
+    workspace: Annotated[
+        bool, typer.Option("--workspace", help="Draw the workspace beside them, too.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("reports/curves.png"),
     column: Annotated[
         str, typer.Option(help="cam_miou (before dCRF) or pseudo_label_miou.")
     ] = "cam_miou",
 ) -> None:
-    """Draw mIoU over the epochs, a line each for the workspace and the experiments."""
+    """Draw mIoU over the epochs, a line for each experiment, or of the workspace."""
     from isim import curves as drawn
 
-    names = drawn.draw(Path.cwd(), experiments or [], column, out)
+    names = drawn.draw(Path.cwd(), experiments or [], column, out, with_workspace=workspace)
     typer.echo(f"{out} shows {', '.join(names)}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from isim import runs, viz
 from isim.errors import UserError
+from isim.paper import flatten
 
 REPORT = "reports/train_cam/miou.csv"
 COLUMNS = {
@@ -27,21 +28,25 @@ class Source:
     parameters: Mapping[str, Any]
 
 
-def draw(root: Path, names: Sequence[str], column: str, out: Path) -> list[str]:
-    """Draw a line for the workspace, if it has the report, and for each experiment.
+def draw(
+    root: Path, names: Sequence[str], column: str, out: Path, *, with_workspace: bool
+) -> list[str]:
+    """Draw a line for each experiment, or for the workspace.
 
     Args:
         root: Project folder.
-        names: Experiments or git revisions; a workspace that is one of them is not drawn again.
+        names: Experiments or git revisions; without any the workspace is drawn.
         column: One of `COLUMNS`.
         out: The PNG.
+        with_workspace: Draw the workspace beside the experiments, unless it is one of them.
 
     Returns:
         What is drawn, by name.
 
     Raises:
         UserError: `out` is named as no PNG is; an unknown column, experiment or revision; one
-            that has no report; no figure in any report; `out` cannot be written.
+            that has no report, as the workspace may; no figure in any report; `out` cannot be
+            written.
     """
     if out.suffix.lower() != ".png":
         what = "is a folder" if out.is_dir() else "does not end in .png"
@@ -49,11 +54,10 @@ def draw(root: Path, names: Sequence[str], column: str, out: Path) -> list[str]:
     if column not in COLUMNS:
         raise UserError(f"--column: there is no '{column}'; choose one of {', '.join(COLUMNS)}")
     sources = {name: _experiment(root, name) for name in dict.fromkeys(names)}
-    here = _workspace(root)
-    if here is not None and here not in sources.values():
-        sources = {WORKSPACE: here, **sources}
-    if not sources:
-        raise UserError(f"{REPORT} is not there; run `dvc repro train_cam` first")
+    if with_workspace or not names:
+        here = _workspace(root)
+        if here not in sources.values():
+            sources = {WORKSPACE: here, **sources}
     lines = {}
     for name, label in _labels(sources).items():
         points = _points(name, sources[name].text, column)
@@ -75,28 +79,18 @@ def _experiment(root: Path, name: str) -> Source:
             "`dvc fetch` it if it was run elsewhere"
         )
     text, parameters = found
-    return Source(text, _flat((parameters or {}).get("train_cam", {})))
+    return Source(text, flatten((parameters or {}).get("train_cam", {})))
 
 
-def _workspace(root: Path) -> Source | None:
+def _workspace(root: Path) -> Source:
     try:
         text = (root / REPORT).read_text()
-    except OSError:
-        return None
+    except OSError as error:
+        raise UserError(f"{REPORT} is not there; run `dvc repro train_cam` first") from error
     run = runs.workspace(root)
     # A report that DVC did not record is shown, too; what it was made with is not known.
     parameters = run and REPORT in run.reports and runs.lineage(run.lock, REPORT)
-    return Source(text, _flat((parameters or {}).get("train_cam", {})))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return Source(text, flatten((parameters or {}).get("train_cam", {})))
 
 
 def _labels(sources: Mapping[str, Source]) -> dict[str, str]:

@@ -4,9 +4,11 @@ What each cell is and what the paper found is data; this module knows how a file
 put together, not what is in it.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ class Figure:
 
     `file` is a report (JSON, or CSV with the row that `where` picks) and None where no report
     can hold the value; `key` is dotted in JSON, a column in CSV. `stage` writes the file.
-    `images` is the key of the number of images that the value is over, `scored` their split,
-    each None where the file does not say.
+    `scored` is the split that the value is over, `images` the key of the number of its images
+    that were scored; each None where there is none.
     """
 
     stage: str
@@ -54,11 +56,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or an experiment that it shows otherwise: `cells[row][column]`."""
+    """A table of the paper, or an experiment that it shows otherwise: `cells[row][column]`.
+
+    `runs` has the name of each row's runs, None where DVC is to find one.
+    """
 
     name: str
     title: str
     rows: tuple[str, ...]
+    runs: tuple[str | None, ...]
     columns: tuple[str, ...]
     cells: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...]
@@ -72,12 +78,23 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Where a run says how many images it was trained on: report, key; parameter of the split."""
+class Counted:
+    """Where a run says how many images `{split}` has: report, key (with the dots that it has).
+
+    `trained` is the parameter that names the split that was trained on.
+    """
 
     file: str
     key: str
-    split: str
+    trained: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A parameter that is shown and not compared; what its values need of other parameters."""
+
+    parameter: str
+    needs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,17 +110,18 @@ class Preset:
 class Paper:
     """All of `paper.yaml`.
 
-    `preset` holds the values of parameters that cells do not name, and `presets` are others on
-    top of it; `axes` has the parameters of each axis's values; `stages` is the pipeline's order;
-    `images` counts the images of whole splits; `profile` is the parameter that is shown beside a
-    measured value.
+    `values` are those of `preset`, which hold for parameters that cells do not name, and
+    `presets` are others on top of it; `axes` has the parameters of each axis's values; `stages`
+    is the pipeline's order; `images` counts the images of whole splits; `profile` is what is
+    shown beside a measured value.
     """
 
     preset: str
+    values: Mapping[str, Any]
     stages: tuple[str, ...]
     images: Mapping[str, int]
-    trained: Trained
-    profile: str
+    counted: Counted
+    profile: Profile
     axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
     presets: tuple[Preset, ...]
     tables: tuple[Table, ...]
@@ -168,12 +186,22 @@ def _named(name: str, known: Iterable[str]) -> str | None:
 
 def load() -> Paper:
     """Read `paper.yaml` of the installed package."""
-    path = Path(str(resources.files("isim"))) / "paper.yaml"
-    return parse(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+    folder = Path(str(resources.files("isim")))
+    tree = _read(folder / "paper.yaml")
+    return parse(tree, _read(folder / "presets" / f"{tree['preset']}.yaml"))
 
 
-def parse(tree: Mapping[str, Any]) -> Paper:
+def _read(path: Path) -> Mapping[str, Any]:
+    tree: Mapping[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    return tree
+
+
+def parse(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Paper:
     """Put the cells of a tree like `paper.yaml` together.
+
+    Args:
+        tree: As `paper.yaml`.
+        values: All parameters, as the preset that the tree names has them.
 
     Raises:
         KeyError: A setting that is on no axis, or a figure that is not described.
@@ -181,19 +209,20 @@ def parse(tree: Mapping[str, Any]) -> Paper:
     """
     return Paper(
         preset=tree["preset"],
+        values=values,
         stages=tuple(tree["stages"]),
-        trained=Trained(**tree["trained"]),
+        counted=Counted(**tree["counted"]),
         images=tree["images"],
-        profile=tree["profile"],
+        profile=Profile(**tree["profile"]),
         axes=tree["axes"],
         presets=tuple(
             Preset(entry["name"], entry["title"], entry["with"]) for entry in tree["presets"]
         ),
-        tables=tuple(_table(entry, tree) for entry in tree["tables"]),
+        tables=tuple(_table(entry, tree, flatten(values)) for entry in tree["tables"]),
     )
 
 
-def _table(entry: Mapping[str, Any], tree: Mapping[str, Any]) -> Table:
+def _table(entry: Mapping[str, Any], tree: Mapping[str, Any], given: Mapping[str, Any]) -> Table:
     rows, columns = (_lines(entry[name], tree["axes"]) for name in ("rows", "columns"))
     blank = [[None] * len(columns)] * len(rows)
     figures = entry.get("paper", blank)
@@ -202,13 +231,20 @@ def _table(entry: Mapping[str, Any], tree: Mapping[str, Any]) -> Table:
         tuple(
             Cell(value, {}, {}, None)
             if row is None
-            else _cell(shared | row | (column or {}), value, tree)
+            else _cell(shared | row | (column or {}), value, tree, given)
             for column, value in zip(columns.values(), values, strict=True)
         )
         for row, values in zip(rows.values(), figures, strict=True)
     )
     notes = tuple(entry.get("notes", ()))
-    return Table(entry["name"], entry["title"], tuple(rows), tuple(columns), cells, notes)
+    named = entry.get("named", False)
+    runs = tuple(_slug(f"{entry['name']} {row}") if named else None for row in rows)
+    return Table(entry["name"], entry["title"], tuple(rows), runs, tuple(columns), cells, notes)
+
+
+def _slug(words: str) -> str:
+    """Words as the name of an experiment, which is that of a git reference."""
+    return re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")
 
 
 def _lines(
@@ -221,7 +257,12 @@ def _lines(
     return {name: dict.fromkeys(entry["over"], name) for name in names}
 
 
-def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, Any]) -> Cell:
+def _cell(
+    settings: Mapping[str, str],
+    paper: float | None,
+    tree: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Cell:
     described = tree["figures"][settings["figure"]]
 
     def depends(name: str) -> bool:
@@ -231,9 +272,18 @@ def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, A
     for axis, value in settings.items():
         if axis not in REPORTING:
             parameters |= {k: v for k, v in tree["axes"][axis][value].items() if depends(k)}
-    parameters |= described.get("parameters", {})
-    common = {name: value for name, value in tree["common"].items() if depends(name)}
-    matched = {k: v for k, v in (common | parameters).items() if k not in tree["run_only"]}
+    values = {**given, **parameters}
+    unused = [
+        pattern for name, meant in tree["unused"].items() for pattern in meant.get(values[name], ())
+    ]
+    compared = described.get("compared", ())
+    not_compared = (*tree["not_compared"], *described.get("not_compared", ()))
+    common = {k: v for k, v in given.items() if depends(k) and not _fits(k, unused)}
+    matched = {
+        name: value
+        for name, value in (common | parameters).items()
+        if name in compared or not _fits(name, not_compared)
+    }
     words = {"scored": settings.get("scored", ""), "class": settings.get("class", "")}
     where = {name: text.format(**words) for name, text in described.get("where", {}).items()}
     images = described.get("images")
@@ -248,12 +298,31 @@ def _cell(settings: Mapping[str, str], paper: float | None, tree: Mapping[str, A
     return Cell(paper, parameters, matched, figure)
 
 
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """Parameters (dotted names) and the stages to run for every value that hangs on them."""
+    """Parameters (dotted names) and the stages to run for every value that hangs on them.
+
+    `name` is None where any will do.
+    """
 
     parameters: Mapping[str, Any]
     stages: tuple[str, ...]
+    name: str | None
 
 
 def experiments(tables: Iterable[Table]) -> list[Experiment]:
@@ -263,27 +332,33 @@ def experiments(tables: Iterable[Table]) -> list[Experiment]:
     pipeline then gives the other's value, too.
     """
     found: list[Experiment] = []
-    cells = [cell for table in tables for row in table.cells for cell in row if cell.figure]
-    for cell in cells:
-        assert cell.figure is not None
+    cells = [
+        (name, cell)
+        for table in tables
+        for name, row in zip(table.runs, table.cells, strict=True)
+        for cell in row
+    ]
+    for name, cell in cells:
+        if cell.figure is None:
+            continue
         wanted = cell.parameters
         for place, known in enumerate(found):
-            if all(known.parameters.get(name, value) == value for name, value in wanted.items()):
+            if all(known.parameters.get(key, value) == value for key, value in wanted.items()):
                 stages = dict.fromkeys((*known.stages, cell.figure.stage))
-                found[place] = Experiment({**known.parameters, **wanted}, tuple(stages))
+                both = {**known.parameters, **wanted}
+                found[place] = Experiment(both, tuple(stages), known.name or name)
                 break
         else:
-            found.append(Experiment(wanted, (cell.figure.stage,)))
+            found.append(Experiment(wanted, (cell.figure.stage,), name))
     return found
 
 
-def commands(paper: Paper, tables: Iterable[Table], preset: Mapping[str, Any]) -> list[str]:
+def commands(paper: Paper, tables: Iterable[Table]) -> list[str]:
     """Shell lines that run `tables`: write the preset, queue each experiment, start the queue.
 
     Args:
-        paper: Names the preset and the order of stages.
+        paper: Has the preset, whose values are not set again, and the order of stages.
         tables: What is to be run.
-        preset: The values of that preset; what is the same there is not set again.
 
     Returns:
         One command a line.
@@ -293,10 +368,11 @@ def commands(paper: Paper, tables: Iterable[Table], preset: Mapping[str, Any]) -
         options = [
             f"-S {shlex.quote(f'{name}={literal(value)}')}"
             for name, value in experiment.parameters.items()
-            if dig(preset, name) != value
+            if dig(paper.values, name) != value
         ]
         stages = sorted(experiment.stages, key=paper.stages.index)
-        lines.append(" ".join(("dvc exp run --queue", *stages, *options)))
+        named = [f"--name {experiment.name}"] if experiment.name else []
+        lines.append(" ".join(("dvc exp run --queue", *named, *stages, *options)))
     lines.append("dvc queue start")
     return lines
 

@@ -1,7 +1,8 @@
 """Finished runs: of this workspace and of DVC's experiments, with the parameters they had.
 
 The parameters come from `dvc.lock`, which records what each stage ran with, and not from
-`params.yaml`: that may have been edited since. A report counts as long as every stage before it
+`params.yaml`: that may have been edited since. Only which of several entries for one label set is
+the present one is read there. A report counts as long as every stage before it
 has outputs that the next one read; what an experiment of an early stage left untouched does not
 belong to that experiment.
 """
@@ -13,8 +14,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,24 @@ class Run:
     Attributes:
         name: `workspace`, the experiment's name, or the commit's.
         when: Seconds since 1970.
-        lock: The content of `dvc.lock`.
+        lock: The content of `dvc.lock`, each output claimed by one stage at most (`parse_lock`).
         reports: JSON trees, or lists of CSV rows, by path.
+        fetch: The text of a table that is not in `reports`, by path, or None: DVC shows the
+            figures of its experiments, and keeps their tables.
     """
 
     name: str
     when: float
     lock: Tree
     reports: Mapping[str, Any]
+    fetch: Callable[[str], str | None] = field(default=lambda _: None, compare=False)
+
+    def report(self, path: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+        """A JSON tree or a list of CSV rows; None when the run has no such report."""
+        if path in self.reports or not path.endswith(".csv"):
+            return self.reports.get(path)
+        text = self.fetch(path)
+        return None if text is None else _parse_report(path, text)
 
 
 def read_all(root: Path) -> tuple[list[Run], str | None]:
@@ -55,7 +67,12 @@ def read_all(root: Path) -> tuple[list[Run], str | None]:
     found = workspace(root)
     runs = [found] if found else []
     try:
-        known = from_dvc(_exp_show(root), lambda revision: _lock_at(root, revision))
+        known = from_dvc(
+            _exp_show(root),
+            lambda revision, path: _text_at(root, revision, path),
+            # A table holds the figures of many cells.
+            cache(lambda revision, path: _out_at(root, revision, path)),
+        )
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         why = str(getattr(error, "stderr", None) or error).strip().splitlines()
         return runs, f"DVC experiments cannot be read ({why[-1] if why else 'no reason given'})"
@@ -67,34 +84,41 @@ def workspace(root: Path) -> Run | None:
 
     Reports that are not those `dvc.lock` names, by their MD5, are left out.
     """
-    path = root / "dvc.lock"
+    path, parameters = root / "dvc.lock", root / "params.yaml"
     try:
-        lock = _parse_lock(path.read_text())
+        lock = parse_lock(path.read_text(), parameters.read_text() if parameters.exists() else None)
         when = path.stat().st_mtime
     except OSError:
         return None
     reports = {}
-    for name, md5 in _outs(lock).items():
+    for name, claim in _claims(lock).items():
         if not name.startswith("reports/") or not name.endswith((".json", ".csv")):
             continue
         try:
             data = (root / name).read_bytes()
         except OSError:
             continue
-        if hashlib.md5(data, usedforsecurity=False).hexdigest() == md5:
-            text = data.decode()
-            csv_rows = list(csv.DictReader(io.StringIO(text))) if name.endswith(".csv") else None
-            reports[name] = json.loads(text) if csv_rows is None else csv_rows
+        if claim and hashlib.md5(data, usedforsecurity=False).hexdigest() == claim.md5:
+            reports[name] = _parse_report(name, data.decode())
     return Run("workspace", when, lock, reports)
 
 
-def from_dvc(states: list[Tree], lock_at: Callable[[str], str | None]) -> list[Run]:
+def _parse_report(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+    return list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else json.loads(text)
+
+
+def from_dvc(
+    states: list[Tree],
+    text_at: Callable[[str, str], str | None],
+    out_at: Callable[[str, str], str | None],
+) -> list[Run]:
     """Runs in the output of `dvc exp show --json`.
 
     Args:
         states: A list of the workspace and commits; a commit has `experiments`, each with `revs`,
             the last state first.
-        lock_at: Text of `dvc.lock` at a revision, or None.
+        text_at: Text of a file that git has, by revision and path, or None.
+        out_at: The same of a file that DVC has.
 
     Returns:
         Commits and experiments that have a `dvc.lock`. Queued, running and failed ones have not
@@ -111,7 +135,7 @@ def from_dvc(states: list[Tree], lock_at: Callable[[str], str | None]) -> list[R
         ]
         for found in (*ended, state):
             data = found.get("data")
-            text = lock_at(found["rev"]) if data else None
+            text = text_at(found["rev"], "dvc.lock") if data else None
             if data is None or text is None:
                 continue
             reports = {
@@ -121,7 +145,8 @@ def from_dvc(states: list[Tree], lock_at: Callable[[str], str | None]) -> list[R
             }
             when = datetime.fromisoformat(data["timestamp"]).timestamp()
             name = found.get("name") or found["rev"][:7]
-            runs.append(Run(name, when, _parse_lock(text), reports))
+            lock = parse_lock(text, text_at(found["rev"], "params.yaml"))
+            runs.append(Run(name, when, lock, reports, partial(out_at, found["rev"])))
     return runs
 
 
@@ -140,16 +165,13 @@ def at(root: Path, name: str, path: str) -> tuple[str, Tree | None] | None:
     Raises:
         UserError: There is no such experiment or revision.
     """
-    # Imported here: it takes a second, and only this needs it.
-    import dvc.api
-    from dvc.exceptions import DvcException
-
     revision = _resolve(root, name)
-    try:
-        text = dvc.api.read(path, repo=str(root), rev=revision)
-    except (OSError, DvcException):
+    text = _out_at(root, revision, path)
+    if text is None:
         return None
-    return text, lineage(_parse_lock(_lock_at(root, revision) or ""), path)
+    written = _text_at(root, revision, "dvc.lock") or ""
+    lock = parse_lock(written, _text_at(root, revision, "params.yaml"))
+    return text, lineage(lock, path)
 
 
 def _resolve(root: Path, name: str) -> str:
@@ -184,12 +206,10 @@ def lineage(lock: Tree, path: str) -> dict[str, Any] | None:
         path: An output, relative to the project folder.
 
     Returns:
-        Sections by name; None when no stage wrote `path`, or when one of them read what the
-        stage before has written anew since.
+        Sections by name; None when no stage wrote `path` or several claim to, or when one of
+        them read what the stage before has written anew since.
     """
-    stages = lock["stages"].values()
-    makers = {out["path"]: stage for stage in stages for out in stage.get("outs", [])}
-    outs = _outs(lock)
+    claims = _claims(lock)
     parameters: dict[str, Any] = {}
     todo, done = [path], set()
     while todo:
@@ -197,16 +217,18 @@ def lineage(lock: Tree, path: str) -> dict[str, Any] | None:
         if name in done:
             continue
         done.add(name)
-        if name not in makers:
+        claim = claims.get(name)
+        if claim is None:
             return None
-        for sections in makers[name].get("params", {}).values():
+        for sections in claim.stage.get("params", {}).values():
             parameters |= sections
-        for dep in makers[name].get("deps", []):
-            if dep["path"] in outs:
-                if dep["md5"] != outs[dep["path"]]:
+        for dep in claim.stage.get("deps", []):
+            if dep["path"] in claims:
+                before = claims[dep["path"]]
+                if before is None or dep["md5"] != before.md5:
                     return None
                 todo.append(dep["path"])
-            elif any(dep["path"].startswith(f"{out}/") for out in outs):
+            elif any(dep["path"].startswith(f"{out}/") for out in claims):
                 # One file of a folder: its hash is not in the lock, so nothing can be said.
                 return None
     return parameters
@@ -214,24 +236,71 @@ def lineage(lock: Tree, path: str) -> dict[str, Any] | None:
 
 def writer(lock: Tree, path: str) -> Tree | None:
     """The record in `dvc.lock` of the stage that wrote `path`, or None."""
+    claim = _claims(lock).get(path)
+    return claim.stage if claim else None
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A stage's record in `dvc.lock` and the MD5 of one of its outputs."""
+
+    stage: Tree
+    md5: str
+
+
+def _claims(lock: Tree) -> dict[str, _Claim | None]:
+    """Who wrote each output, by path; None where several stages claim it."""
+    found: dict[str, _Claim | None] = {}
     for stage in lock["stages"].values():
-        if any(out["path"] == path for out in stage.get("outs", [])):
-            return stage
-    return None
+        for out in stage.get("outs", []):
+            path = out["path"]
+            found[path] = None if path in found else _Claim(stage, out.get("md5", ""))
+    return found
 
 
-def _outs(lock: Tree) -> dict[str, str]:
-    stages = lock["stages"].values()
-    return {out["path"]: out.get("md5", "") for stage in stages for out in stage.get("outs", [])}
+def parse_lock(text: str, parameters: str | None) -> Tree:
+    """Read `dvc.lock`, with each output left to the stage that writes it now.
+
+    DVC does not drop what it recorded of a matrix whose list has changed since: a label set
+    that moved to another place in the list is claimed by the stage of its old place, too.
+
+    Args:
+        text: Of `dvc.lock`; damaged, it holds no stages.
+        parameters: Of the `params.yaml` beside it, which has the list, or None.
+
+    Returns:
+        The tree. An output that several stages claim is left to the one that `parameters` has;
+        without one, to all of them.
+    """
+    tree = _tree(text)
+    if "stages" not in tree:
+        # In the middle of a merge, say. Without stages nothing was run.
+        return {"stages": {}}
+    listed = _tree(parameters or "").get("label_sets") or []
+    labels = [str(entry.get("name")) for entry in listed if isinstance(entry, dict)]
+    stages = tree["stages"]
+    outs = [(name, out) for name, stage in stages.items() for out in stage.get("outs", [])]
+    present = {out["path"]: name for name, out in outs if _is_present(name, out["path"], labels)}
+    kept: dict[str, list[Tree]] = {name: [] for name in stages}
+    for name, out in outs:
+        if present.get(out["path"], name) == name:
+            kept[name].append(out)
+    return tree | {"stages": {name: stages[name] | {"outs": kept[name]} for name in stages}}
 
 
-def _parse_lock(text: str) -> Tree:
+def _is_present(stage: str, path: str, labels: list[str]) -> bool:
+    """Whether a stage of the matrix (`dvc.yaml`) is at the place of the label set in `path`."""
+    _, _, place = stage.partition("@labels")
+    known = place.isdecimal() and int(place) < len(labels)
+    return known and labels[int(place)] in path.split("/")
+
+
+def _tree(text: str) -> dict[str, Any]:
     try:
         tree = YAML(typ="safe").load(text)
     except YAMLError:
-        # In the middle of a merge, say. Without stages nothing was run.
         tree = None
-    return tree if isinstance(tree, dict) and "stages" in tree else {"stages": {}}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _exp_show(root: Path) -> list[Tree]:
@@ -244,11 +313,23 @@ def _exp_show(root: Path) -> list[Tree]:
     return json.loads(_output(root, *dvc))
 
 
-def _lock_at(root: Path, revision: str) -> str | None:
+def _text_at(root: Path, revision: str, path: str) -> str | None:
     try:
-        return _output(root, "git", "show", f"{revision}:./dvc.lock")
+        return _output(root, "git", "show", f"{revision}:./{path}")
     except subprocess.CalledProcessError:
         return None
+
+
+def _out_at(root: Path, revision: str, path: str) -> str | None:
+    # Imported here: it takes a second, and only this needs it.
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        text: str = dvc.api.read(path, repo=str(root), rev=revision)
+    except (OSError, DvcException):
+        return None
+    return text
 
 
 def _output(root: Path, *command: str) -> str:

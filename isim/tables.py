@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-
 from isim import paper as papers
-from isim import preset
 from isim.paper import Cell, Figure, Paper, Table, dig
 from isim.runs import Run, lineage, read_all, writer
 
@@ -66,9 +63,7 @@ def commands(name: str | None) -> str:
     """
     paper = papers.load()
     tables = paper.tables if name is None else (paper.table(name),)
-    path = preset.folder() / f"{paper.preset}.yaml"
-    values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    return "\n".join(papers.commands(paper, tables, values))
+    return "\n".join(papers.commands(paper, tables))
 
 
 def measure(table: Table, runs: Sequence[Run], paper: Paper) -> Grid:
@@ -85,14 +80,19 @@ def _measure(cell: Cell, runs: Sequence[Run], paper: Paper) -> Measured | None:
     found: dict[str, tuple[Run, float, str]] = {}
     for run in runs:
         parameters = lineage(run.lock, figure.file)
-        value = _value(run.reports.get(figure.file), figure)
-        if parameters is None or value is None:
+        if parameters is None:
             continue
-        if not all(equal(dig(parameters, k), v) for k, v in cell.matched.items()):
+        profile = str(dig(parameters, paper.profile.parameter))
+        needs = paper.profile.needs.get(profile, {})
+        wanted = {name: needs.get(name, value) for name, value in cell.matched.items()}
+        if not all(equal(dig(parameters, k), v) for k, v in wanted.items()):
             continue
         if not _whole_splits(run, figure, parameters, paper):
             continue
-        profile = str(dig(parameters, paper.profile))
+        # Last: it may be a file to get.
+        value = _value(run.report(figure.file), figure)
+        if value is None:
+            continue
         record = repr(writer(run.lock, figure.file))
         found.setdefault(record, (run, value, profile))
     if not found:
@@ -127,13 +127,19 @@ def equal(found: Any, wanted: Any) -> bool:  # noqa: ANN401 - any parameter valu
 
 
 def _whole_splits(run: Run, figure: Figure, parameters: Mapping[str, Any], paper: Paper) -> bool:
-    """Check the numbers of images trained on and scored, as far as reports tell them."""
-    trained = paper.trained
-    split = dig(parameters, trained.split)
-    counts = [(dig(run.reports.get(trained.file), trained.key), split)]
-    if figure.images:
-        counts.append((dig(run.reports.get(str(figure.file)), figure.images), figure.scored))
-    return all(found is None or found == paper.images.get(name) for found, name in counts)
+    """Check the numbers of images of the splits trained on and scored, and of masks scored."""
+    counted = paper.counted
+    trained = dig(parameters, counted.trained)
+    counts = run.report(counted.file) or {}
+    for split in {trained, figure.scored or trained}:
+        # The keys of this report have a dot themselves.
+        if counts.get(counted.key.format(split=split)) != paper.images.get(split):
+            return False
+    if figure.images is None:
+        return True
+    return bool(
+        dig(run.report(str(figure.file)), figure.images) == paper.images[str(figure.scored)]
+    )
 
 
 def text(table: Table, grid: Grid) -> str:

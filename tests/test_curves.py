@@ -45,6 +45,10 @@ def drawn(monkeypatch):
     return found
 
 
+def draw(*given, with_workspace=False):
+    return curves.draw(*given, with_workspace=with_workspace)
+
+
 def report(root, text="epoch,round,cam_miou,pseudo_label_miou\n1,1,0.25,0.5\n2,,0.4,\n"):
     path = root / curves.REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,9 @@ def test_experiments_are_drawn_with_what_differs(make_repository, drawn, tmp_pat
     run = ("dvc", "exp", "run", "--quiet", "--temp", "-n")
     call(*run, "larger", "-S", "train_cam.crop=320")
     out = tmp_path / "x.png"
-    assert curves.draw(folder, ["larger"], "cam_miou", out) == ["workspace", "larger"]
+    assert draw(folder, ["larger"], "cam_miou", out) == ["larger"]
+    assert list(drawn["given"][0]) == ["larger"]
+    assert draw(folder, ["larger"], "cam_miou", out, with_workspace=True) == ["workspace", "larger"]
     lines, _, path = drawn["given"]
     assert path == out
     assert lines == {
@@ -64,10 +70,11 @@ def test_experiments_are_drawn_with_what_differs(make_repository, drawn, tmp_pat
         "larger: crop=320": [(1, 32.0, True), (2, 40.0, False), (3, 45.0, True)],
     }
     # The workspace is what HEAD holds: one line. Figures that are not there are no points.
-    assert curves.draw(folder, ["HEAD"], "pseudo_label_miou", out) == ["HEAD"]
+    found = draw(folder, ["HEAD"], "pseudo_label_miou", out, with_workspace=True)
+    assert found == ["HEAD"]
     assert drawn["given"][0] == {"HEAD": [(1, 50.0, True)]}
     with pytest.raises(UserError, match="no experiment or git revision 'smaller'"):
-        curves.draw(folder, ["larger", "smaller"], "cam_miou", out)
+        draw(folder, ["larger", "smaller"], "cam_miou", out)
 
     # What DVC draws of several runs is of the same files.
     call("dvc", "plots", "diff", "HEAD", "larger")
@@ -77,15 +84,15 @@ def test_experiments_are_drawn_with_what_differs(make_repository, drawn, tmp_pat
     call("git", "rm", "-r", "--quiet", "dvc.yaml", "dvc.lock")
     call("git", "commit", "--quiet", "--message", "nothing was run")
     with pytest.raises(UserError, match=r"HEAD has no reports/train_cam/miou\.csv.*train_cam"):
-        curves.draw(folder, ["HEAD"], "cam_miou", out)
+        draw(folder, ["HEAD"], "cam_miou", out)
 
 
 def test_the_workspace_alone_is_drawn(tmp_path):
     report(tmp_path)
     for name in ("a", "b"):
-        assert curves.draw(tmp_path, [], "cam_miou", tmp_path / f"{name}.png") == ["workspace"]
+        assert draw(tmp_path, [], "cam_miou", tmp_path / f"{name}.png") == ["workspace"]
     report(tmp_path, "epoch,round,cam_miou,pseudo_label_miou\n1,,0.25,\n2,1,0.4,0.5\n")
-    curves.draw(tmp_path, [], "cam_miou", tmp_path / "c.png")
+    draw(tmp_path, [], "cam_miou", tmp_path / "c.png")
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
     assert pictures[0] == pictures[1] != pictures[2], "the rounds are marked"
     assert np.array(Image.open(tmp_path / "a.png").convert("L")).std() > 5
@@ -95,6 +102,7 @@ def test_the_workspace_alone_is_drawn(tmp_path):
     ("text", "arguments", "words"),
     [
         (None, [], "dvc repro train_cam"),
+        (None, ["--workspace"], "dvc repro train_cam"),
         ("epoch,round,cam_miou\n1,1,0.3\n", ["--column", "val"], "no 'val'; choose one of cam_"),
         ("epoch,round,cam_miou\n1,1,nan\n", [], "no image of the split has a mask"),
         ("epoch,round,cam_miou\n1,1,high\n", [], "workspace is damaged"),

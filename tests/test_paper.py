@@ -1,5 +1,7 @@
 """The paper's experiments: its figures, parameters that exist, networks that build, commands."""
 
+import fnmatch
+import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
@@ -102,17 +104,24 @@ def exists(name: str) -> bool:
 def test_every_parameter_exists():
     names = {name for cell in CELLS for name in (*cell.parameters, *cell.matched)}
     assert [name for name in sorted(names) if not exists(name)] == []
-    assert exists(PAPER.profile) and exists(PAPER.trained.split)
+    assert exists(PAPER.profile.parameter) and exists(PAPER.counted.trained)
     assert not exists("train_cam.colour") and not exists("train_cam.crf.colour")
 
 
-def test_the_preset_has_what_all_cells_have_in_common():
-    """It is not set by commands, so that the preset must bring it."""
-    values = YAML(typ="safe").load(PRESET.read_text())
-    for cell in CELLS:
-        for name in cell.matched.keys() - cell.parameters.keys():
-            if name.split(".")[0] in params.Params.model_fields:
-                assert paper.dig(values, name) == cell.matched[name], name
+def test_every_pattern_is_of_a_parameter():
+    """A misspelt one would compare what it is to leave out, and nobody would notice."""
+    tree = YAML(typ="safe").load((ROOT / "isim/paper.yaml").read_text())
+    values = paper.flatten(PAPER.values)
+    patterns = {name: None for name in tree["not_compared"]}
+    for figure in tree["figures"].values():
+        patterns |= dict.fromkeys((*figure.get("compared", ()), *figure.get("not_compared", ())))
+    for name, meant in tree["unused"].items():
+        assert name in values
+        patterns |= dict.fromkeys(pattern for listed in meant.values() for pattern in listed)
+    for pattern in patterns:
+        assert fnmatch.filter(values, pattern), pattern
+    for needs in PAPER.profile.needs.values():
+        assert needs.keys() <= values.keys()
 
 
 def options(command: str) -> list[str]:
@@ -221,24 +230,39 @@ def test_commands_of_a_table():
     )
 
 
-def test_what_the_server_scores_is_predicted_and_nothing_runs_twice_for_it():
-    name, splits = "train_segmenter.eval_splits", ["val", "test"]
-    segmented = [cell for cell in CELLS if cell.figure.stage == "train_segmenter"]
-    for cell in segmented:
-        asked = cell.figure.scored == "test"
-        assert cell.parameters.get(name) == (splits if asked else None)
-        # A run that predicted test as well has the figures of val.
-        assert name not in cell.matched
-    for table in ("8", "9", "10", "11"):
-        lines = [c for c in tables.commands(table).splitlines() if " train_segmenter " in c]
-        assert lines and all(f"-S '{name}=[val,test]'" in line for line in lines)
-    assert name not in tables.commands("12")
-    # The least there can be: a run for every segmenter that a cell asks for.
-    distinct = {
-        repr(sorted((k, v) for k, v in c.parameters.items() if k != name)) for c in segmented
-    }
-    found = paper.experiments(PAPER.tables)
-    assert sum("train_segmenter" in e.stages for e in found) == len(distinct)
+def test_runs_predict_what_the_server_scores():
+    assert PAPER.values["train_segmenter"]["eval_splits"] == ["val", "test"]
+    assert "eval_splits" not in tables.commands(None)
+
+
+def test_the_runs_of_figure_4_have_names_by_which_they_are_drawn():
+    def lines(table):
+        return [line for line in tables.commands(table).splitlines() if " --queue " in line]
+
+    named = [line.split()[5] for line in lines("fig4") if line.split()[4] == "--name"]
+    assert len(named) == len(lines("fig4"))
+    assert named == [
+        *(f"fig4-every-{every}-epochs" for every in (2, 5, 10, 25, 50)),
+        "fig4-on-convergence",
+    ]
+    assert not [line for line in lines("2") if "--name" in line]
+    # Among all tables they keep their names, whatever else these runs are for.
+    assert sorted(line.split()[5] for line in lines(None) if "--name" in line) == sorted(named)
+    text = (ROOT / "docs/experiments.md").read_text()
+    assert f"    isim curves {' '.join(named)}\n" in text
+
+
+def test_no_network_is_trained_twice():
+    """Two runs with the same training share it: `train_cam` differs in values that count."""
+
+    def trained(experiment):
+        section = {k: v for k, v in experiment.parameters.items() if k.startswith("train_cam.")}
+        values = paper.flatten(PAPER.values) | section
+        return {k: v for k, v in values.items() if k.startswith("train_cam.")}
+
+    for one, other in itertools.combinations(paper.experiments(PAPER.tables), 2):
+        differ = {k for k, v in trained(one).items() if trained(other)[k] != v}
+        assert differ != {"train_cam.score_every"}
 
 
 def test_values_are_written_as_dvc_reads_them():

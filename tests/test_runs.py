@@ -96,6 +96,80 @@ def test_the_workspace_gives_the_reports_that_its_lock_names(tmp_path):
     assert found.when == (tmp_path / "dvc.lock").stat().st_mtime
 
 
+REPORT = "reports/train_segmenter/random_walk_crf/metrics.json"
+NEW, OLD = '{"miou": 0.7}', '{"miou": 0.6}'
+
+
+def moved(*entries):
+    """A lock in which each (place, seed, text) of `entries` claims the report of one label set."""
+    stages = {
+        f"train_segmenter@labels{place}": stage(
+            {"train_segmenter": {"seed": seed}},
+            {"models/c": "2"},
+            {REPORT: hashlib.md5(text.encode()).hexdigest()},
+        )
+        for place, seed, text in entries
+    }
+    return json.dumps({"stages": LOCK["stages"] | stages})
+
+
+def label_sets(*names):
+    return json.dumps({"label_sets": [{"name": name, "path": "data/x"} for name in names]})
+
+
+@pytest.mark.parametrize(
+    ("names", "present"),
+    [
+        (["random_walk_crf"], 0),
+        (["round_02", "random_walk_crf", "ground_truth"], 1),
+        (["ground_truth", "seeds", "random_walk", "random_walk_crf"], None),
+        (["ground_truth"], None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_records_of_a_label_set_the_one_in_the_list_counts(
+    names, present, swapped, tmp_path
+):
+    """DVC keeps what it recorded of a matrix whose list has changed since."""
+    entries = [(0, 7, NEW), (1, 0, OLD)]
+    text = moved(*(reversed(entries) if swapped else entries))
+    listed = label_sets(*names) if names is not None else None
+    lock = runs.parse_lock(text, listed)
+    found, record = runs.lineage(lock, REPORT), runs.writer(lock, REPORT)
+    (tmp_path / REPORT).parent.mkdir(parents=True)
+    (tmp_path / "dvc.lock").write_text(text)
+    if listed:
+        (tmp_path / "params.yaml").write_text(listed)
+    (tmp_path / REPORT).write_text(NEW if present == 0 else OLD)
+    here = runs.workspace(tmp_path)
+    experiment = runs.from_dvc(
+        [state("a" * 40)],
+        lambda _, path: text if path == "dvc.lock" else listed,
+        lambda *_: None,
+    )[0]
+    if present is None:
+        assert found is record is None and REPORT not in here.reports
+        assert runs.lineage(experiment.lock, REPORT) is None
+        return
+    _, seed, _ = entries[present]
+    assert found["train_segmenter"]["seed"] == seed
+    assert record["params"]["params.yaml"]["train_segmenter"]["seed"] == seed
+    assert here.reports == {REPORT: json.loads(NEW if present == 0 else OLD)}
+    assert runs.lineage(experiment.lock, REPORT) == runs.lineage(here.lock, REPORT) == found
+    # The network before it is as it was.
+    assert set(found) == {"prepare", "train_cam", "train_segmenter"}
+
+
+def test_two_records_of_a_path_are_no_run():
+    twice = changed(again=LOCK["stages"]["evaluate"])
+    assert runs.lineage(twice, "reports/e/metrics.json") is None
+    assert runs.writer(twice, "reports/e/metrics.json") is None
+    # Nor is what was made of it.
+    twice = changed(again=LOCK["stages"]["prepare"])
+    assert runs.lineage(twice, "reports/e/metrics.json") is None
+
+
 def test_a_workspace_without_a_run(tmp_path):
     assert runs.workspace(tmp_path) is None
     (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\n\tx: [")
@@ -132,8 +206,8 @@ def test_experiments_and_commits_are_runs_unless_they_have_not_ended():
         state("1" * 40),
         state("0" * 40),
     ]
-    locks = {rev * 40: json.dumps(LOCK) for rev in "acef1"}
-    found = runs.from_dvc(states, locks.get)
+    texts = {(rev * 40, "dvc.lock"): json.dumps(LOCK) for rev in "acef1"}
+    found = runs.from_dvc(states, lambda *wanted: texts.get(wanted), lambda *_: None)
     assert [run.name for run in found] == ["dry-toad", "big-cat", "main", "1111111"]
     assert found[0].reports == {"m.json": {"rev": "a" * 40}} and found[0].lock == LOCK
     assert set(found[1].reports) == {"m.json"}
@@ -159,6 +233,8 @@ stages:
     metrics:
       - reports/train_cam/metrics.json:
           cache: false
+    outs:
+      - reports/train_cam/per_class.csv
 """
 SCRIPT = """\
 import json, os
@@ -166,6 +242,7 @@ from ruamel.yaml import YAML
 crop = YAML().load(open("params.yaml"))["train_cam"]["crop"]
 os.makedirs("reports/train_cam", exist_ok=True)
 json.dump({"crop": crop}, open("reports/train_cam/metrics.json", "w"))
+open("reports/train_cam/per_class.csv", "w").write(f"class,iou\\ncat,{crop / 1000}\\n")
 """
 
 
@@ -189,6 +266,13 @@ def test_real_experiments_are_read_with_what_they_ran_with(repository):
     assert crops["workspace"] == 256 and crops["larger"] == 320
     assert all(run.reports[path] == {"crop": crops[run.name]} for run in found)
     assert 512 not in crops.values() and len(found) == 4
+    # Tables lie in DVC's cache, where `dvc exp show` does not look.
+    table = "reports/train_cam/per_class.csv"
+    assert [table in run.reports for run in found] == [run.name == "workspace" for run in found]
+    for run in found:
+        assert run.report(table) == [{"class": "cat", "iou": str(crops[run.name] / 1000)}]
+        assert run.report("reports/train_cam/rounds.csv") is None
+        assert run.report("reports/other.json") is None
 
 
 def test_a_report_is_read_from_a_revision_without_a_checkout(repository):
