@@ -104,7 +104,8 @@ def run(params: Evaluate, root: Path) -> None:
             for name in ("cam_miou", "cam_crf_miou")
         }
         known = {item.id: item for items in prepared.splits.values() for item in items}
-        snapshots = sorted((root / "data/pseudo_labels").glob("round_*"))
+        folders = (root / "data/pseudo_labels").glob("round_*")
+        snapshots = sorted(folders, key=lambda folder: (len(folder.name), folder.name))
         for folder in snapshots:
             labelled = frozenset(path.stem for path in folder.glob("*.png")) & known.keys()
             parts = {"": labelled, **splits.inside(labelled, members)}

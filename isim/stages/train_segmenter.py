@@ -170,6 +170,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             "weights_md5": tracking.md5(weights) if weights.is_file() else None,
             "decoder_weights": asdict(decoder_weights) if decoder_weights else None,
             "precision": precision,
+            # Which round the last one was.
+            "labels": sources[items[0].id].parent.name,
             "images": len(items),
             "images_without_labels": len(everything) - len(items),
         }

@@ -149,6 +149,8 @@ def test_images_without_a_label_map_are_left_out_and_counted(segmented):
     }
     assert counts.pop("random_walk_crf") == (14, 2)
     assert set(counts.values()) == {(16, 0)}
+    labels = {name: read_report(segmented[0], name)["labels"] for name in NAMES[2:]}
+    assert labels == {"random_walk_crf": "train_crf", "round_02": "round_02"}
 
 
 @pytest.mark.parametrize(("name", "folder"), [("", "train"), ("_crf", "train_crf")])
