@@ -323,7 +323,7 @@ def ahead(
         waiting.append((value, pool.submit(function, value)))
     while waiting:
         value, future = waiting.popleft()
-        result = future.result()
+        # Before the next value, which can take long: what is finished is handed over at once.
+        yield value, future.result()
         for following in islice(source, 1):
             waiting.append((following, pool.submit(function, following)))
-        yield value, result
