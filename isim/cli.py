@@ -115,7 +115,7 @@ def results() -> None:
 @app.command()
 def tables(
     table: Annotated[
-        str | None, typer.Option(help="1 to 12, fig4 or sec4.1; without it all.")
+        str | None, typer.Option(help="1 to 12, fig4, fig5 or sec4.1; without it all.")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Write CSV, one line a cell.")] = False,

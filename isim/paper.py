@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from isim.errors import UserError
 
 # Settings of a cell that are no axis of parameters.
-REPORTING = ("figure", "scored", "class")
+REPORTING = ("figure", "scored", "class", "epoch")
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _cell(
         for name, value in (common | parameters).items()
         if name in compared or not _fits(name, not_compared)
     }
-    words = {"scored": settings.get("scored", ""), "class": settings.get("class", "")}
+    words = {name: settings.get(name, "") for name in REPORTING}
     where = {name: text.format(**words) for name, text in described.get("where", {}).items()}
     images = described.get("images")
     figure = Figure(

@@ -53,7 +53,9 @@ def test_the_figures_are_those_of_the_specification(name):
     assert found == (expected or [None] * len(found))
 
 
-def test_both_drawn_experiments_are_there():
+def test_both_figures_and_the_sweep_are_there():
+    rounds = [cell.figure.where for cell in PAPER.table("fig5").cells[1]]
+    assert rounds == [{"epoch": str(epoch)} for epoch in (5, 15, 25, 35, 45)]
     rules = [row[0].parameters for row in PAPER.table("fig4").cells]
     every = [p["train_cam.round_every"] for p in rules if "train_cam.round_every" in p]
     assert every == [2, 5, 10, 25, 50]

@@ -102,6 +102,7 @@ ONE = cell_of("2", "DeepLabCAM", "ResNet-101")
         ("12", "cow", "IoU"),
         ("fig4", "every 25 epochs", "seed before dCRF"),
         ("fig4", "on convergence", "pseudo-label of the last round"),
+        ("fig5", "pseudo-label", "epoch 25"),
         ("sec4.1", "0.45", "at the best threshold"),
     ],
 )
