@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from isim.errors import UserError
 from isim.models import common
+from isim.models.inference import normalize
 from isim.models.losses import IGNORE
 from isim.pairs import half_disc, overlap
 
@@ -192,6 +193,23 @@ def pair_affinity(features: Tensor, radius: int) -> Tensor:
     """
     # exp(-inf) is 0, and so is its gradient.
     return torch.exp(-_PairDistance.apply(features, radius))
+
+
+@torch.inference_mode()
+def of_image(network: AffinityNet, config: AffinityConfig, image: Tensor) -> Tensor:
+    """Affinities of one image at its full size, unpadded.
+
+    Args:
+        network: In evaluation mode.
+        config: Its configuration.
+        image: (3, H, W) uint8 on the network's device.
+
+    Returns:
+        (P, h, w) float32 of `pair_affinity`.
+    """
+    views = normalize(image[None], config.mean, config.std)
+    affinities: Tensor = network(views.contiguous(memory_format=torch.channels_last))
+    return affinities[0]
 
 
 class AffinityLoss(NamedTuple):

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from isim import atomic, engine, metrics, pictures, splits, tracking, viz
@@ -24,7 +22,6 @@ from isim.data.dataset import Item, load_prepared
 from isim.journal import Journal
 from isim.models import affinity
 from isim.models.affinity import AffinityConfig, AffinityNet
-from isim.models.inference import normalize
 from isim.params import RandomWalk, digest, home, resolve_path
 from isim.regeneration import class_ids, images, in_workers
 from isim.splits import Confusions, Parts
@@ -150,13 +147,15 @@ def _walk_split(
 
         def tasks() -> Iterator[WalkTask]:
             for item, pixels in images(missing, device):
+                with engine.autocast(precision, device):
+                    affinities = affinity.of_image(network, config, pixels)  # (P, h, w)
                 paths = [folder / f"{item.id}.png" for folder in folders.values()]
                 yield WalkTask(
                     item.id,
                     item.image,
                     cams / split / f"{item.id}.npz",
                     class_ids(item),
-                    _affinity(network, config, pixels, precision),
+                    affinities.cpu().numpy(),
                     config.radius,
                     params,
                     item.mask,
@@ -182,18 +181,6 @@ def _folders(labels: Path, split: str, params: RandomWalk) -> dict[str, Path]:
     """Where the label maps of a split are, by what they are called in reports."""
     refined = {"walk_crf": labels / f"{split}_crf"} if params.crf_after else {}
     return {"walk": labels / split, **refined}
-
-
-@torch.inference_mode()
-def _affinity(
-    network: AffinityNet, config: AffinityConfig, pixels: Tensor, precision: str
-) -> NDArray[np.float32]:
-    """Affinities (P, h, w) of one image (3, H, W) uint8 at its full size, unpadded."""
-    views = normalize(pixels[None], config.mean, config.std)
-    views = views.contiguous(memory_format=torch.channels_last)
-    with engine.autocast(precision, pixels.device):
-        affinities: Tensor = network(views)
-    return affinities[0].cpu().numpy()
 
 
 def _strips(
