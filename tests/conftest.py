@@ -16,6 +16,10 @@ from PIL import Image
 
 from isim import params
 
+# As the entry point does, before torch is imported: on a busy machine threads that spin make the
+# suite several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 VOC_NAMES = {"bird": 3, "cat": 8, "cow": 10, "dog": 12, "person": 15}
 MakeDevkit = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
