@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,10 +50,8 @@ def make_label(task: LabelTask) -> LabelResult:
     Raises:
         UserError: A file is missing, unreadable or of another image, or cannot be written.
     """
-    planes, (height, width) = files.read_cam_of(task.cam, task.image, task.class_ids)
-    grown = np.zeros((len(planes), height, width), np.float32)
-    for plane, out in zip(planes, grown, strict=True):
-        cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
+    planes, size = files.read_cam_of(task.cam, task.image, task.class_ids)
+    grown = seeds.grow(planes, size)
     image = files.read_image(task.image)
     foreground, background = (
         crf.refine(

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -127,15 +126,6 @@ def images(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Item, 
             if number % TRIM_EVERY == 0:
                 engine.trim_freed_memory()
             yield item, torch.from_numpy(image).to(device).permute(2, 0, 1)
-
-
-def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Bring stored CAMs (K', h, w) to an image's size (H, W): (K', H, W), bilinear."""
-    height, width = size
-    grown = np.zeros((len(planes), height, width), np.float32)
-    for plane, out in zip(planes, grown, strict=True):
-        cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
-    return grown
 
 
 def _size_order(image: Path) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Seed: the hard label map of CAMs by a threshold, before any refinement (spec 5)."""
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,3 +57,12 @@ def cut(
         (H, W) labels, 0 = background.
     """
     return np.where(height > threshold, best, np.uint8(BACKGROUND))
+
+
+def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Bring stored CAMs (K', h, w) to an image's size (H, W): (K', H, W), bilinear."""
+    height, width = size
+    grown = np.zeros((len(planes), height, width), np.float32)
+    for plane, out in zip(planes, grown, strict=True):
+        cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
+    return grown

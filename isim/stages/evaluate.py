@@ -17,7 +17,7 @@ from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
 from isim.params import Evaluate, resolve_path
-from isim.regeneration import class_ids, grow, refine_all
+from isim.regeneration import class_ids, refine_all
 from isim.splits import Confusions, Parts
 from isim.workers import RefineTask, dense
 
@@ -166,7 +166,7 @@ def _score_cams(
             ids = class_ids(item)
             planes, size = files.read_cam_of(folder / f"{item.id}.npz", item.image, ids)
             truth = files.read_truth(item.mask, size, num_labels)
-            best, top = seeds.peak(grow(planes, size), ids)
+            best, top = seeds.peak(seeds.grow(planes, size), ids)
             counts = metrics.sweep_confusion(truth, best, top, thresholds, num_labels)
             splits.add(totals, parts, item.id, counts)
             seed = seeds.cut(best, top, float(thresholds[fixed]))

@@ -33,7 +33,7 @@ from isim.labels import seeds
 from isim.models import segmenter
 from isim.params import TrainSegmenter, digest, home, label_set_path, resolve_path
 from isim.prediction import Predicted, PredictionSettings, predict
-from isim.regeneration import class_ids, grow
+from isim.regeneration import class_ids
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
@@ -260,7 +260,7 @@ def _write_seeds(
         if not labels[item.id].exists():
             ids = class_ids(item)
             planes, size = files.read_cam_of(cams[item.id], item.image, ids)
-            seed = seeds.seed(grow(planes, size), ids, threshold)
+            seed = seeds.seed(seeds.grow(planes, size), ids, threshold)
             files.write_label_map(labels[item.id], seed)
     return labels
 

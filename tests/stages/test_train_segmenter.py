@@ -16,9 +16,9 @@ from isim import cli, engine, metrics, params, results
 from isim.data.dataset import load_prepared
 from isim.data.files import read_cam, read_image, read_label_map, write_label_map
 from isim.labels import crf
+from isim.labels.seeds import grow
 from isim.models import segmenter
 from isim.models.inference import multi_scale_probabilities
-from isim.regeneration import grow
 from isim.stages import train_segmenter
 
 NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
