@@ -1,16 +1,13 @@
 """AffinityNet: how alike two near pixels are, whatever their class (paper 4.1.6; spec 6)."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,12 +22,15 @@ TAP_CHANNELS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
-class AffinityConfig:
+class AffinityConfig(common.Config):
     """All that is needed to rebuild an AffinityNet from its checkpoint.
 
     `map_stride` is that of the affinities, `radius` the reach of a pair in pixels of that map;
     `mean` and `std` are what images in [0, 1] are normalised by.
     """
+
+    key: ClassVar[str] = "affinity_config"
+    stage: ClassVar[str] = "train_affinity"
 
     encoder: str
     output_stride: int
@@ -38,20 +38,6 @@ class AffinityConfig:
     radius: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return the string map that a safetensors header holds."""
-        return {"affinity_config": json.dumps(asdict(self))}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str] | None) -> Self:
-        """Undo `to_metadata`. Raises KeyError when `metadata` is of another file."""
-        fields = json.loads((metadata or {})["affinity_config"])
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
 
 
 class AffinityHead(nn.Module):
@@ -310,14 +296,4 @@ def load(path: Path) -> tuple[AffinityNet, AffinityConfig]:
     Raises:
         UserError: The file is missing or of another kind.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            config = AffinityConfig.from_metadata(file.metadata())
-        state = load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint of train_affinity; run `isim train-affinity` first"
-        ) from error
-    network = build(config)
-    network.load_state_dict(state)
-    return network.eval(), config
+    return common.load(path, AffinityConfig, build)

@@ -6,18 +6,16 @@ segmentation-models-pytorch which can serve.
 """
 
 import difflib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.base.initialization import initialize_head
@@ -44,12 +42,15 @@ LEVELS = 6
 
 
 @dataclass(frozen=True)
-class CamConfig:
+class CamConfig(common.Config):
     """All that is needed to rebuild a network from its checkpoint.
 
     `classes` are the K foreground names; `mean` and `std` are what images in [0, 1] are
     normalised by.
     """
+
+    key: ClassVar[str] = "cam_config"
+    stage: ClassVar[str] = "train_cam"
 
     method: str
     encoder: str
@@ -60,20 +61,6 @@ class CamConfig:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return the string map that a safetensors header holds."""
-        return {"cam_config": json.dumps(asdict(self))}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str] | None) -> Self:
-        """Undo `to_metadata`. Raises KeyError when `metadata` is of another file."""
-        fields = json.loads((metadata or {})["cam_config"])
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -485,14 +472,4 @@ def load(path: Path) -> tuple[CamNetwork, CamConfig]:
     Raises:
         UserError: The file is missing or of another kind.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            config = CamConfig.from_metadata(file.metadata())
-        state = load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint of train_cam; run `isim train-cam` first"
-        ) from error
-    network = build(config)
-    network.load_state_dict(state)
-    return network.eval(), config
+    return common.load(path, CamConfig, build)

@@ -1,16 +1,80 @@
-"""What all networks share: a first try with an odd image, and the end in full precision."""
+"""What networks share: checkpoints, a first try with an odd image, the end in full precision."""
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from isim.errors import UserError
+
 _Result = TypeVar("_Result")
+_Config = TypeVar("_Config", bound="Config")
+_Network = TypeVar("_Network", bound=nn.Module)
 
 # Odd at every stride: what a network cannot compute here, it cannot for a data set's images.
 PROBE = (45, 77)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a network is rebuilt from, kept in the header of its checkpoint.
+
+    `key` is its name there, `stage` the stage that writes such checkpoints.
+    """
+
+    key: ClassVar[str]
+    stage: ClassVar[str]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the string map that a safetensors header holds."""
+        return {self.key: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str] | None) -> Self:
+        """Undo `to_metadata`. Raises KeyError when `metadata` is of another file."""
+        fields = json.loads((metadata or {})[cls.key])
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)
+
+
+def load(
+    path: Path, kind: type[_Config], build: Callable[[_Config], _Network]
+) -> tuple[_Network, _Config]:
+    """Rebuild a network from a checkpoint.
+
+    Args:
+        path: The safetensors file.
+        kind: Class of its configuration.
+        build: Makes the network of a configuration.
+
+    Returns:
+        The network in evaluation mode and its configuration.
+
+    Raises:
+        UserError: The file is missing or of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            config = kind.from_metadata(file.metadata())
+        state = load_file(path)
+    except (OSError, KeyError, SafetensorError) as error:
+        command = f"isim {kind.stage.replace('_', '-')}"
+        raise UserError(
+            f"{path} is not a checkpoint of {kind.stage}; run `{command}` first"
+        ) from error
+    network = build(config)
+    network.load_state_dict(state)
+    return network.eval(), config
 
 
 @torch.no_grad()

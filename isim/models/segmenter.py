@@ -4,17 +4,14 @@ DeepLabv2 (arXiv 1606.00915, section 3.2: the large field-of-view ASPP) sums fou
 convolutions to the classes; DeepLabv3 (arXiv 1706.05587) projects its branches first.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isim.errors import UserError, renamed
@@ -44,12 +41,15 @@ _DECODER_MARKS = (*_CLASS_LAYERS, "decoder", "aspp", "segmentation", ".convs.", 
 
 
 @dataclass(frozen=True)
-class SegmenterConfig:
+class SegmenterConfig(common.Config):
     """All that is needed to rebuild a segmenter from its checkpoint.
 
     `classes` are the K foreground names, the network has L = K + 1 outputs; `mean` and `std`
     are what images in [0, 1] are normalised by; `decoder_channels` is DeepLabv3's.
     """
+
+    key: ClassVar[str] = "segmenter_config"
+    stage: ClassVar[str] = "train_segmenter"
 
     method: str
     encoder: str
@@ -59,20 +59,6 @@ class SegmenterConfig:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return the string map that a safetensors header holds."""
-        return {"segmenter_config": json.dumps(asdict(self))}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str] | None) -> Self:
-        """Undo `to_metadata`. Raises KeyError when `metadata` is of another file."""
-        fields = json.loads((metadata or {})["segmenter_config"])
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
 
 
 class DeepLabV2Head(nn.Module):
@@ -337,14 +323,4 @@ def load(path: Path) -> tuple[Segmenter, SegmenterConfig]:
     Raises:
         UserError: The file is missing or of another kind.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            config = SegmenterConfig.from_metadata(file.metadata())
-        state = load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint of train_segmenter; run `isim train-segmenter` first"
-        ) from error
-    network = build(config)
-    network.load_state_dict(state)
-    return network.eval(), config
+    return common.load(path, SegmenterConfig, build)
