@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from isim import metrics
 from isim.data import files
 from isim.labels import crf, random_walk
 from isim.params import RandomWalk
-from isim.workers import Counts, sparse
+from isim.workers import Counts, score_and_write
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,9 @@ def walk_image(task: WalkTask) -> WalkResult:
     else:
         walked = random_walk.walk(planes, matrix, settings.steps_log2)
         label = random_walk.label_map(walked, task.class_ids, size, settings.threshold)
-    maps = [(label, task.out)]
+    maps = [(task.out, label)]
     if task.refined is not None:
         image = files.read_image(task.image)
-        maps.append((crf.refine(image, label, task.class_ids, settings.crf), task.refined))
-    counts: list[Counts] = [[], []]
-    if task.mask is not None:
-        truth = files.read_truth(task.mask, size, task.num_labels)
-        for index, (made, _) in enumerate(maps):
-            counts[index] = sparse(metrics.confusion_matrix(truth, made, task.num_labels))
-    # Written last: PNGs that are there have been scored.
-    for made, path in maps:
-        files.write_label_map(path, made)
-    return WalkResult(task.id, *counts)
+        maps.append((task.refined, crf.refine(image, label, task.class_ids, settings.crf)))
+    counts = score_and_write(maps, task.mask, task.num_labels)
+    return WalkResult(task.id, counts[0], counts[1] if len(counts) > 1 else [])

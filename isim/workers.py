@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,15 +128,27 @@ def finish_prediction(task: PredictionTask) -> PredictionResult:
         image = files.read_image(task.image)
         probabilities = task.probabilities.astype(np.float32)
         labels.append((task.refined, crf.refine_soft(image, probabilities, task.settings)))
-    counts: list[Counts] = [[], []]
-    if task.mask is not None:
-        truth = files.read_truth(task.mask, task.prediction.shape, task.num_labels)
+    counts = score_and_write(labels, task.mask, task.num_labels)
+    return PredictionResult(task.id, counts[0], counts[1] if len(counts) > 1 else [])
+
+
+def score_and_write(
+    labels: Sequence[tuple[Path, NDArray[np.uint8]]], mask: Path | None, num_labels: int
+) -> list[Counts]:
+    """Score label maps of one size against the ground truth, if there is one, and write them.
+
+    Returns:
+        The counts of each, empty without a ground truth.
+    """
+    counts: list[Counts] = [[] for _ in labels]
+    if mask is not None:
+        truth = files.read_truth(mask, labels[0][1].shape, num_labels)
         for place, (_, label) in enumerate(labels):
-            counts[place] = sparse(metrics.confusion_matrix(truth, label, task.num_labels))
+            counts[place] = sparse(metrics.confusion_matrix(truth, label, num_labels))
     # Written last: PNGs that are there have been scored.
     for path, label in labels:
         files.write_label_map(path, label)
-    return PredictionResult(task.id, counts[0], counts[1])
+    return counts
 
 
 def sparse(confusion: NDArray[np.int64]) -> Counts:
