@@ -31,6 +31,7 @@ from isim.workers import RefineTask
 SCALES = (1.0, 0.5, 1.5, 2.0)
 THRESHOLD = 0.3
 CRF = Crf(
+    backend="auto",
     steps=10,
     gt_prob=0.7,
     gaussian_sxy=3,

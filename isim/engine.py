@@ -284,7 +284,7 @@ def code_files(stage: str) -> list[Path]:
     aside |= {"server.py", "tables.py", "tracking.py", "viz.py", "__main__.py"}
     return [
         path
-        for path in sorted(package.rglob("*.py"))
+        for path in sorted([*package.rglob("*.py"), *package.rglob("*.cpp")])
         if path.name not in aside and (path.parent.name != "stages" or path.stem == stage)
     ]
 

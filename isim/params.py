@@ -49,8 +49,12 @@ class Prepare(Section):
 
 
 class Crf(Section):
-    """Fully connected CRF (spec 5, set `labels`); sxy in pixels, srgb in 8-bit levels."""
+    """Fully connected CRF (spec 5, set `labels`); sxy in pixels, srgb in 8-bit levels.
 
+    `backend` is what computes it; `auto`: the fastest that there is.
+    """
+
+    backend: Literal["auto", "pydensecrf", "compiled", "torch"]
     steps: Annotated[int, Field(ge=0, le=100)]
     gt_prob: Fraction
     gaussian_sxy: Annotated[float, Field(gt=0)]

@@ -23,6 +23,7 @@ STAGES = list(PIPELINE["stages"])
 LEVELS = [
     {"isim.errors"},
     {"isim.atomic", "isim.pairs", "isim.paper"},
+    {"isim.compiled"},
     {"isim.params"},
     {
         "isim.engine",
@@ -30,6 +31,7 @@ LEVELS = [
         "isim.tracking",
         "isim.data",
         "isim.models",
+        "isim.gpu",
         "isim.labels",
         "isim.metrics",
         "isim.rounds",
@@ -54,7 +56,7 @@ LEVELS = [
     {"isim.cli"},
     {"isim.__main__"},
 ]
-ALLOWED_INSIDE = {"isim.data", "isim.models", "isim.labels"}
+ALLOWED_INSIDE = {"isim.data", "isim.models", "isim.labels", "isim.gpu"}
 # Editing these never changes an out: reports are written by the stage itself, parameters are
 # tracked by value and params.py holds no defaults.
 NOT_A_DEPENDENCY = {"isim.cli", "isim.tracking", "isim.viz", "isim.params"}
@@ -77,6 +79,17 @@ MODULES = {module_of(path) for path in FILES}
 @cache
 def tree_of(module: str) -> ast.Module:
     return ast.parse(path_of(module).read_text())
+
+
+def kernels(module: str) -> set[str]:
+    """C++ sources that `module` loads."""
+    found = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "compiled.library":
+            (argument,) = node.args
+            assert isinstance(argument, ast.Constant), f"{module}: name the library by a literal"
+            found.add(f"isim/cpp/{argument.value}.cpp")
+    return found
 
 
 @cache
@@ -139,7 +152,8 @@ def test_imports_go_down_the_layers():
 @pytest.mark.parametrize("stage", STAGES)
 def test_code_dependencies_in_dvc_yaml_equal_the_import_closure(stage):
     modules = closure(f"isim.stages.{stage}")
-    expected = sorted(str(path_of(name).relative_to(ROOT)) for name in modules)
+    sources = {source for name in modules for source in kernels(name)}
+    expected = sorted(sources | {str(path_of(name).relative_to(ROOT)) for name in modules})
     found = sorted(dep for dep in PIPELINE["stages"][stage]["deps"] if dep.startswith("isim/"))
     listing = "\n".join(f"      - {name}" for name in expected)
     assert found == expected, f"deps of {stage} in dvc.yaml should be\n{listing}"
@@ -148,7 +162,8 @@ def test_code_dependencies_in_dvc_yaml_equal_the_import_closure(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_can_be_resumed_whatever_changes_in_code_that_no_stage_uses(stage):
     files = [path for path in code_files(stage) if path.name != "__init__.py"]
-    counted = {module_of(path) for path in files}
+    counted = {module_of(path) for path in files if path.suffix == ".py"}
+    assert {path for path in files if path.suffix == ".cpp"} == set(ROOT.glob("isim/cpp/*.cpp"))
     used = {name for each in STAGES for name in closure(f"isim.stages.{each}")}
     assert closure(f"isim.stages.{stage}") <= counted <= used | {"isim.params"}
 

@@ -9,6 +9,7 @@ from isim.params import Crf
 
 PAPER = Crf(
     steps=10,
+    backend="pydensecrf",
     gt_prob=0.7,
     gaussian_sxy=3,
     gaussian_compat=3,
@@ -20,6 +21,7 @@ PAPER = Crf(
 # Spec 5, set `segmenter`.
 SEGMENTER = Crf(
     steps=10,
+    backend="pydensecrf",
     gt_prob=0.7,
     gaussian_sxy=1,
     gaussian_compat=3,
