@@ -15,12 +15,11 @@ from isim.atomic import atomic_path
 from isim.errors import UserError
 
 SOURCES = Path(__file__).parent / "cpp"
-# The parts of -ffast-math that the kernels profit from. Not the flag itself: linked into a shared
-# library it makes the whole process round tiny numbers to zero.
+# The parts of -ffast-math that the kernels profit from and that keep the order of operations. Not
+# the flag itself: with it a shared library makes the whole process round tiny numbers to zero.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
-    *("-fassociative-math", "-freciprocal-math"),
 )
 
 
@@ -66,7 +65,7 @@ def _cache() -> Path:
 def _digest(source: Path, compiler: list[str]) -> str:
     """Of all that the library depends on, 16 hex digits."""
     total = hashlib.sha256(source.read_bytes())
-    total.update(f"{FLAGS} {_processor()}".encode())
+    total.update(f"{compiler} {FLAGS} {_processor()}".encode())
     try:
         total.update(subprocess.check_output([*compiler, "--version"], stderr=subprocess.STDOUT))
     except (OSError, subprocess.CalledProcessError) as error:
