@@ -622,6 +622,49 @@ void infer_two(Workspace &work, const Problem &problem) {
 }
 
 
+// The same of each run of C lanes, in all of them.
+template <int C, class F> V16 fold(V16 x, F f) {
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int far = 1; far < C; far *= 2) x = f(x, __builtin_shuffle(x, lane ^ far));
+    return x;
+}
+
+// Turns N::C energies, negated, of each pixel of a block into probabilities; with them `rest`, of
+// one more label, if there is one. Empty planes get next to nothing.
+template <class N> void softmax(float *x, float *rest, bool left_out) {
+    constexpr int C = N::C;
+    if constexpr (B % C != 0) {
+        for (int l = 0; l < B; ++l) {
+            N q = N::load(x + l * C);
+            const float most = left_out ? std::max(rest[l], q.max()) : q.max();
+            q = q.exp(most);
+            if (left_out) rest[l] = exp_of(V4{} + (rest[l] - most))[0];
+            const float scale = 1 / (q.sum() + rest[l]);
+            N::zero().plus(scale, q).store(x + l * C);
+            rest[l] *= scale;
+        }
+    } else {
+        // As many pixels as a vector holds at once.
+        for (int first = 0; first < B; first += B / C) {
+            V16 q = *(V16 *)(x + first * C), other = {};
+            V16 most = fold<C>(q, larger<V16>), sum = {};
+            if (left_out) {
+                for (int l = 0; l < B; ++l) other[l] = rest[first + l / C];
+                most = larger(most, other);
+                other = exp_of(other - most);
+                sum = other;
+            }
+            q = exp_of(q - most);
+            sum += fold<C>(q, [](V16 a, V16 b) { return a + b; });
+            *(V16 *)(x + first * C) = q / sum;
+            if (left_out) {
+                other /= sum;
+                for (int l = 0; l < B / C; ++l) rest[first + l] = other[l * C];
+            }
+        }
+    }
+}
+
 // Three labels or more: N::C planes, one more or one less or more than there are labels. With one
 // less, the last label is left out.
 template <class N> void infer_many(Workspace &work, const Problem &problem) {
@@ -666,35 +709,39 @@ template <class N> void infer_many(Workspace &work, const Problem &problem) {
             std::memset(into_s, 0, size_s * sizeof(float));
             std::memset(into_c, 0, size_c * sizeof(float));
         }
-        for (int64_t p = 0; p < pixels; ++p) {
-            const int64_t b = p / B;
-            const int l = (int)(p % B);
-            N q = N::zero();
-            if (step) {
-                q = work.space.slice(blurred_s, b, l, q);
-                q = work.colour.slice(blurred_c, b, l, q);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int lanes = (int)std::min<int64_t>(B, pixels - b * B);
+            alignas(64) float found[B * C] = {}, rest[B] = {};
+            for (int l = 0; l < lanes; ++l) {
+                N q = N::zero();
+                if (step) {
+                    q = work.space.slice(blurred_s, b, l, q);
+                    q = work.colour.slice(blurred_c, b, l, q);
+                }
+                const int64_t p = b * B + l;
+                if (left_out) rest[l] = (step ? ones[p] - q.sum() : 0) + rests[p];
+                q.plus(1.f, N::load(unary + (problem.seed ? problem.seed[p] : p) * C))
+                    .store(found + l * C);
             }
-            float rest = 0;
-            if (left_out) rest = (step ? ones[p] - q.sum() : 0) + rests[p];
-            q = q.plus(1.f, N::load(unary + (problem.seed ? problem.seed[p] : p) * C));
-            const float most = left_out ? std::max(rest, q.max()) : q.max();
-            q = q.exp(most);
-            rest = left_out ? exp_of(V4{} + (rest - most))[0] : 0;
-            // Empty planes hold exp(-60), which no one sees.
-            q = N::zero().plus(1 / (q.sum() + rest), q);
+            softmax<N>(found, rest, left_out);
             if (!last) {
-                work.space.splat(into_s, b, l, q);
-                work.colour.splat(into_c, b, l, q);
+                for (int l = 0; l < lanes; ++l) {
+                    const N q = N::load(found + l * C);
+                    work.space.splat(into_s, b, l, q);
+                    work.colour.splat(into_c, b, l, q);
+                }
                 continue;
             }
-            float found[C + 1];
-            q.store(found);
-            if (left_out) found[filtered] = 1 - q.sum();
-            if (problem.best)
-                problem.best[p] = std::max_element(found, found + problem.labels) - found;
-            if (problem.marginals)
-                for (int k = 0; k < problem.labels; ++k)
-                    problem.marginals[k * pixels + p] = found[k];
+            for (int l = 0; l < lanes; ++l) {
+                const int64_t p = b * B + l;
+                float q[C + 1];
+                std::memcpy(q, found + l * C, C * sizeof(float));
+                if (left_out) q[filtered] = rest[l];
+                if (problem.best)
+                    problem.best[p] = std::max_element(q, q + problem.labels) - q;
+                if (problem.marginals)
+                    for (int k = 0; k < problem.labels; ++k) problem.marginals[k * pixels + p] = q[k];
+            }
         }
         if (last) break;
         blurred_s = work.space.template blur<N>(into_s, into_s == s ? s2 : s);
