@@ -267,7 +267,7 @@ def _segment_sums(values: Tensor, starts: Tensor) -> Tensor:
 def _bilateral(images: Sequence[Tensor], number: Tensor, settings: Crf) -> _Lattice:
     """Filter by place and colour, one lattice an image, of all images at once."""
     sxy, srgb = settings.bilateral_sxy, settings.bilateral_srgb
-    places = [_places(*image.shape[1:], sxy, image.device) for image in images]
+    places = [_places(image.shape[1], image.shape[2], sxy, image.device) for image in images]
     colours = torch.cat([image.flatten(1) for image in images], 1)
     features = torch.cat([torch.cat(places, 1), _divided(colours, srgb)])
     # pydensecrf takes four pixels at a time and fills the last four up with black ones at (0, 0).
