@@ -1,15 +1,67 @@
 """Random walk that carries CAMs along affinities (paper 4.1.6; spec 6)."""
 
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
 import cv2
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from isim import compiled
 from isim.labels import seeds
 from isim.pairs import half_disc, overlap
 
+Float = TypeVar("Float", np.float32, np.float64)
 
-def transition(affinity: NDArray[np.float32], radius: int, beta: float) -> sp.csc_array:
+# Values that the kernel may read behind a map: eight vectors of eight.
+_BEHIND = 64
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Column-normalised affinity^beta of an h x w map, N = h * w, as a stencil.
+
+    The N x N matrix is W / (column sums of W), with W symmetric and ones on its diagonal; each
+    pair of pixels is stored once. Maps are padded and flat (`padded`), so that a pixel's neighbour
+    at an offset is the same distance away everywhere.
+
+    Attributes:
+        weights: (P, length) float32 affinity^beta of each pixel and its neighbour at an offset of
+            `half_disc(radius)`; 0 outside.
+        scale: (length,) float64, 1 / column sums; 0 outside.
+        distances: (P,) int64 how far the neighbours are.
+        size: (h, w).
+        radius: Of the half disc in pixels of the map.
+    """
+
+    weights: NDArray[np.float32]
+    scale: NDArray[np.float64]
+    distances: NDArray[np.int64]
+    size: tuple[int, int]
+    radius: int
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """First flat place of a pixel, and the one behind the last."""
+        stride = self.size[1] + self.radius
+        return self.radius * stride, (self.radius + self.size[0]) * stride
+
+    def spread(self, planes: NDArray[Float]) -> NDArray[Float]:
+        """Multiply (M, length) planes, as row vectors, by W."""
+        begin, end = self.pixels
+        total = planes.copy()
+        for weights, d in zip(self.weights, self.distances, strict=True):
+            # Each pair counts from both of its ends.
+            total[:, begin:end] += weights[begin:end] * planes[:, begin + d : end + d]
+            before = slice(begin - d, end - d)
+            total[:, begin:end] += weights[before] * planes[:, before]
+        return total
+
+
+def transition(affinity: NDArray[np.float32], radius: int, beta: float) -> Transition:
     """Transition matrix of the walk: column-normalised affinity^beta.
 
     The affinity matrix is symmetric with ones on its diagonal: each half-disc pair counts in
@@ -20,54 +72,93 @@ def transition(affinity: NDArray[np.float32], radius: int, beta: float) -> sp.cs
             neighbour at the p-th offset of `half_disc(radius)`. What is outside is not read.
         radius: Of the half disc in pixels of the map.
         beta: Exponent; 8 in PSA. Higher makes weak links weaker.
-
-    Returns:
-        (N, N) float64 in compressed columns, N = h * w; each column sums to 1.
     """
     height, width = affinity.shape[1:]
-    number = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    every = number.ravel()
-    rows, columns, values = [every], [every], [np.ones(number.size)]
-    for plane, offset in zip(affinity, half_disc(radius), strict=True):
-        here, there = overlap(offset, height, width)
-        value = plane[here].ravel().astype(np.float64) ** beta
-        rows += [number[here].ravel(), number[there].ravel()]
-        columns += [number[there].ravel(), number[here].ravel()]
-        values += [value, value]
-    places = (np.concatenate(rows), np.concatenate(columns))
-    matrix = sp.coo_array((np.concatenate(values), places), (number.size, number.size)).tocsc()
-    # No column is empty, as reduceat needs it: each holds its diagonal.
-    sums = np.add.reduceat(matrix.data, matrix.indptr[:-1])
-    matrix.data /= np.repeat(sums, np.diff(matrix.indptr))
-    return matrix
+    inside = np.zeros(affinity.shape, np.float32)
+    for plane, target, offset in zip(affinity, inside, half_disc(radius), strict=True):
+        here, _ = overlap(offset, height, width)
+        target[here] = plane[here].astype(np.float64) ** beta
+    distances = [dy * (width + radius) + dx for dy, dx in half_disc(radius)]
+    ones = padded(np.ones((1, height, width)), radius)
+    still = Transition(
+        padded(inside, radius), ones[0], np.array(distances, np.int64), (height, width), radius
+    )
+    sums = still.spread(ones)[0]
+    scale = np.divide(1, sums, out=np.zeros_like(sums), where=sums > 0)
+    return replace(still, scale=scale)
 
 
-def walk(planes: NDArray[np.float32], transition: sp.csc_array, t: int) -> NDArray[np.float32]:
+def padded(planes: NDArray[Float], radius: int) -> NDArray[Float]:
+    """Flatten planes with zeros around and between their rows.
+
+    Args:
+        planes: (M, h, w).
+        radius: No neighbour is that many pixels away.
+
+    Returns:
+        (M, length): `radius` rows, those of the planes followed by `radius` zeros each, `radius`
+        rows, and a few more values.
+    """
+    count, height, width = planes.shape
+    rows, stride = height + 2 * radius, width + radius
+    flat = np.zeros((count, rows * stride + _BEHIND), planes.dtype)
+    _inside(flat, (height, width), radius)[...] = planes
+    return flat
+
+
+def _inside(flat: NDArray[Float], size: tuple[int, int], radius: int) -> NDArray[Float]:
+    """(M, h, w) view of padded planes."""
+    height, width = size
+    rows = flat[:, : (height + 2 * radius) * (width + radius)]
+    rows = rows.reshape(len(flat), height + 2 * radius, width + radius)
+    return rows[:, radius : radius + height, :width]
+
+
+def walk(planes: NDArray[np.float32], transition: Transition, t: int) -> NDArray[np.float32]:
     """Take 2^t steps: planes @ transition^(2^t), planes as row vectors.
 
     PSA squares the matrix t times, which fills it (0.06 GB an image at stride 8, 1 GB at 4). The
-    product is linear in the planes, so that here each step multiplies them by the sparse matrix.
-    All in double precision: 256 steps add up what each column's sum differs from 1.
+    product is linear in the planes, so that here each step multiplies them by the stencil. The
+    planes are in double precision, as 256 steps add up what each column's sum differs from 1; the
+    weights need not be, as the sums are theirs. Where there is no C++ compiler, numpy takes the
+    steps, many times more slowly.
 
     Args:
         planes: (M, h, w) CAMs of the labelled classes, and the background plane if it walks;
             float32, M may be 0.
-        transition: (N, N) of `transition`, N = h * w.
+        transition: Of the same size.
         t: Logarithm of the number of steps; 8 in PSA.
 
     Returns:
         (M, h, w) float32.
     """
-    # Row vectors times compressed columns are compressed rows times column vectors. One vector
-    # after the other, as scipy multiplies a few together more slowly.
-    backwards = transition.T
-    walked = np.empty(planes.shape, np.float32)
-    for source, target in zip(planes, walked, strict=True):
-        vector = source.ravel()
+    flat = padded(planes.astype(np.float64), transition.radius)
+    kernel = _kernel()
+    if kernel is None:
         for _ in range(2**t):
-            vector = backwards @ vector
-        target[...] = vector.reshape(target.shape)
-    return walked
+            flat = transition.spread(flat) * transition.scale
+    else:
+        kernel(
+            *(transition.weights, transition.scale, transition.distances),
+            *(len(transition.weights), flat.shape[1], *transition.pixels, 2**t, len(flat)),
+            *(flat, np.zeros((4, flat.shape[1]))),
+        )
+    return _inside(flat, transition.size, transition.radius).astype(np.float32)
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled steps; None where there is no compiler."""
+    try:
+        kernel = compiled.library("random_walk").walk
+    except compiled.Unavailable:
+        return None
+    doubles = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")
+    floats = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
+    distances = np.ctypeslib.ndpointer(np.int64, flags="C_CONTIGUOUS")
+    kernel.argtypes = [floats, doubles, distances, *6 * [ctypes.c_int64], doubles, doubles]
+    kernel.restype = None
+    return kernel
 
 
 def background_plane(cam: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:

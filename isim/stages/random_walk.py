@@ -1,14 +1,16 @@
 """Walk the CAMs along AffinityNet's affinities: the final pseudo-labels (paper 4.1.6; spec 6).
 
-The network computes the next affinities while worker processes walk along the last ones.
+The network computes the next affinities while worker processes walk along the last ones; a GPU
+walks, too, and leaves the rest to the workers.
 Resume rule: a journal is kept of finished images; the same command goes on with the others.
 """
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,12 @@ from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.params import RandomWalk, digest, home, resolve_path
 from isim.regeneration import class_ids, images, in_workers
 from isim.splits import Confusions, Parts
-from isim.walk_workers import WalkTask, walk_image
+from isim.walk_workers import WalkTask, planes_to_walk, walk_image
 from isim.workers import dense
+
+# Devices that walk themselves, and how many images they walk together.
+WALKING = {"cuda"}
+TOGETHER = 16
 
 
 def run(params: RandomWalk, root: Path) -> None:
@@ -145,17 +151,18 @@ def _walk_split(
             journal.keep(path.stem for path in folder.glob("*.png"))
         missing = [item for item in items if item.id not in journal.lines]
 
-        def tasks() -> Iterator[WalkTask]:
+        def tasks() -> Iterator[tuple[WalkTask, torch.Tensor]]:
             for item, pixels in images(missing, device):
                 with engine.autocast(precision, device):
                     affinities = affinity.of_image(network, config, pixels)  # (P, h, w)
                 paths = [folder / f"{item.id}.png" for folder in folders.values()]
-                yield WalkTask(
+                task = WalkTask(
                     item.id,
                     item.image,
                     cams / split / f"{item.id}.npz",
                     class_ids(item),
-                    affinities.cpu().numpy(),
+                    None,
+                    None,
                     config.radius,
                     params,
                     item.mask,
@@ -163,8 +170,9 @@ def _walk_split(
                     paths[1] if params.crf_after else None,
                     num_labels,
                 )
+                yield task, affinities
 
-        results = in_workers(walk_image, tasks())
+        results = in_workers(walk_image, _with_walks(tasks(), device))
         for result in tqdm(results, split, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
         lines = [journal.lines[item.id] for item in items]
@@ -175,6 +183,31 @@ def _walk_split(
             counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
             splits.add(totals, parts, line["id"], dense(counts, num_labels))
     return len(missing), confusions
+
+
+def _with_walks(
+    tasks: Iterable[tuple[WalkTask, torch.Tensor]], device: torch.device
+) -> Iterator[WalkTask]:
+    """Add what workers walk along, or where a GPU has walked."""
+    if device.type not in WALKING:
+        for task, affinities in tasks:
+            yield replace(task, affinity=affinities.cpu().numpy())
+        return
+    from isim.gpu.random_walk import walk_batch
+
+    stream = iter(tasks)
+    while some := list(islice(stream, TOGETHER)):
+        planes = [planes_to_walk(task, (near.shape[1], near.shape[2])) for task, near in some]
+        settings = some[0][0].settings
+        walked = walk_batch(
+            [torch.from_numpy(cam).to(device) for cam, _ in planes],
+            [near for _, near in some],
+            some[0][0].radius,
+            settings.beta,
+            settings.steps_log2,
+        )
+        for (task, _), (_, size), found in zip(some, planes, walked, strict=True):
+            yield replace(task, walked=(found.cpu().numpy(), size))
 
 
 def _folders(labels: Path, split: str, params: RandomWalk) -> dict[str, Path]:

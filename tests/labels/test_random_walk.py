@@ -4,14 +4,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from isim.labels import random_walk
 from isim.labels.random_walk import background_plane, label_map, resize, transition, walk
 from isim.labels.seeds import seed
 from isim.pairs import half_disc
 
 RADIUS = 5
+# The fixture of the module holds for all examples alike.
+FIXTURE = [HealthCheck.function_scoped_fixture]
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 8))
 
 
@@ -23,6 +26,22 @@ def affinities(size, start=0, low=0.0):
 
 def planes_of(size, count=3, start=1):
     return np.random.default_rng(start).uniform(0, 1, (count, *size)).astype(np.float32)
+
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True)
+def _steps(request, monkeypatch):
+    """Both ways to take a step."""
+    if request.param == "numpy":
+        monkeypatch.setattr(random_walk, "_kernel", lambda: None)
+    else:
+        assert random_walk._kernel() is not None
+
+
+def matrix_of(moves):
+    """(N, N): where one step takes each pixel's value."""
+    count = moves.size[0] * moves.size[1]
+    every = np.eye(count, dtype=np.float32).reshape(count, *moves.size)
+    return walk(every, moves, 0).reshape(count, count)
 
 
 def dense(affinity, beta):
@@ -39,19 +58,19 @@ def dense(affinity, beta):
 
 
 @given(SIZES, st.integers(0, 99), st.sampled_from([1, 8, 2.5]))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=30)
 def test_the_transition_is_the_normalised_affinity(size, start, beta):
     affinity = affinities(size, start)
     found = transition(affinity, RADIUS, beta)
     matrix = dense(affinity, beta)
-    np.testing.assert_allclose(found.toarray(), matrix / matrix.sum(0), rtol=1e-9)
+    np.testing.assert_allclose(matrix_of(found), matrix / matrix.sum(0), 1e-6, 1e-30)
 
 
 @given(SIZES, st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=30)
 def test_columns_of_the_transition_sum_to_one(size, start):
-    sums = transition(affinities(size, start), RADIUS, 8).sum(0)
-    np.testing.assert_allclose(sums, 1, rtol=1e-12)
+    matrix = matrix_of(transition(affinities(size, start), RADIUS, 8))
+    np.testing.assert_allclose(matrix.sum(0, dtype=np.float64), 1, rtol=1e-6)
 
 
 def test_a_map_without_any_affinity_stays_as_it_is():
@@ -61,8 +80,8 @@ def test_a_map_without_any_affinity_stays_as_it_is():
 
 
 @given(SIZES, st.integers(0, 99), st.integers(0, 8))
-@settings(deadline=None, max_examples=30)
-def test_the_sparse_walk_equals_the_dense_power(size, start, t):
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=30)
+def test_the_walk_equals_the_dense_power(size, start, t):
     affinity, planes = affinities(size, start), planes_of(size)
     matrix = dense(affinity, 8)
     power = np.linalg.matrix_power(matrix / matrix.sum(0), 2**t)
@@ -105,7 +124,7 @@ def test_regions_without_mutual_affinity_exchange_nothing():
 
 
 @given(st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=20)
 def test_values_stay_within_those_of_the_planes(start):
     planes = planes_of((6, 7), start=start)
     found = walk(planes, transition(affinities((6, 7), start), RADIUS, 8), 8)

@@ -13,6 +13,7 @@ from isim import engine, metrics, results
 from isim.data.dataset import load_prepared
 from isim.data.files import read_cam, read_image, read_label_map
 from isim.errors import UserError
+from isim.gpu.random_walk import walk_batch
 from isim.labels import crf, random_walk, seeds
 from isim.models import affinity
 from isim.models.inference import normalize
@@ -73,7 +74,8 @@ def test_label_maps_are_those_of_the_dense_power(background, trained, tiny):
         planes, ids, size = read_cam(trained / f"data/cams/train/{item.id}.npz")
         # Stride 4 to 8: the mean of two by two.
         small = planes.reshape(len(ids), 8, 2, 8, 2).mean((2, 4))
-        dense = random_walk.transition(near, 5, 8).toarray()
+        pixels = np.eye(64, dtype=np.float32).reshape(64, 8, 8)
+        dense = random_walk.walk(pixels, random_walk.transition(near, 5, 8), 0).reshape(64, 64)
         dense = np.linalg.matrix_power(dense, 2**4)
         behind = (1 - small.max(0)) ** 16
         flat = np.concatenate([behind[None], small]).reshape(-1, 64)
@@ -81,6 +83,28 @@ def test_label_maps_are_those_of_the_dense_power(background, trained, tiny):
         plane = walked[0] if background == "power" else 0.3
         expected = random_walk.label_map(walked[1:], ids, size, plane)
         assert (found[item.id] != expected).mean() < 0.005
+
+
+@pytest.mark.parametrize("background", ["power", "constant"])
+def test_a_device_that_walks_itself_finds_the_same(background, trained, tiny, monkeypatch):
+    walk(trained, tiny.random_walk, background=background)
+    alone, report = labels_of(trained), read_report(trained)["train"]
+    calls = []
+
+    def spy(planes, *arguments):
+        calls.append(len(planes))
+        return walk_batch(planes, *arguments)
+
+    monkeypatch.setattr(stage, "WALKING", {"cpu"})
+    monkeypatch.setattr(stage, "TOGETHER", 3)
+    monkeypatch.setattr("isim.gpu.random_walk.walk_batch", spy)
+    walk(trained, tiny.random_walk, background=background)
+    assert max(calls) == 3 and sum(calls) >= len(alone)
+    found = labels_of(trained)
+    assert np.mean([(found[name] == label).mean() for name, label in alone.items()]) > 0.999
+    assert read_report(trained)["train"]["walk_miou"] == pytest.approx(
+        report["walk_miou"], abs=1e-3
+    )
 
 
 def test_the_walk_differs_from_the_seed_and_keeps_to_the_labelled_classes(
