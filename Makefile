@@ -39,7 +39,7 @@ database: $(INSTALLED)
 	@python -c '$(TRACKING)'
 
 bench: $(INSTALLED)
-	for file in $(filter-out benchmarks/demo_evidence.py benchmarks/oracle_threshold.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; python "$$file" || exit 1; done
+	python benchmarks/all.py
 
 # One stamp for the whole environment: it is renewed when what it was built from changes.
 $(INSTALLED): pyproject.toml constraints.txt

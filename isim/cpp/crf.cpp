@@ -175,6 +175,8 @@ template <int D> class Lattice {
         bounds(limits, lower, upper);
         int bits = 3;
         for (int i = 0; i < D; ++i) {
+            // Beyond, single precision would no longer tell a simplex from the next.
+            if (!(upper[i] - lower[i] < 65536.f * (D + 1))) return false;
             // Three more on either side: rounding, and neighbours.
             int64_t least = (int64_t)std::floor(lower[i] / (D + 1)) - 3;
             int64_t most = (int64_t)std::ceil(upper[i] / (D + 1)) + 3;

@@ -41,7 +41,10 @@ def best(
 
     Raises:
         UserError: No compiler; or kernels too narrow for an image of this size.
+        ValueError: Shapes that do not go together, or labels beyond `count`.
     """
+    if seed.max(initial=0) >= count:
+        raise ValueError(f"the seed holds label {seed.max()}, of 0 .. {count - 1}")
     found = np.empty(seed.shape, np.uint8)
     _infer(image, count, settings, seed=seed, own=own, best=found)
     return found
@@ -102,6 +105,13 @@ def _infer(
     height, width = image.shape[:2]
     if not 2 <= count <= 256:
         raise ValueError(f"the dCRF takes 2 to 256 labels, not {count}")
+    for given, size in ((seed, height * width), (unary, count * height * width)):
+        if given is not None and given.size != size:
+            raise ValueError(
+                f"an image of {width}x{height} pixels goes with {size} values, not {given.size}"
+            )
+    if height * width == 0 or image.shape[2:] != (3,):
+        raise ValueError(f"the dCRF takes RGB images, not an array of shape {image.shape}")
     image = np.ascontiguousarray(image, np.uint8)
     seed = None if seed is None else np.ascontiguousarray(seed, np.uint8)
     unary = None if unary is None else np.ascontiguousarray(unary, np.float32)

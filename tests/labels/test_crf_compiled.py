@@ -124,10 +124,24 @@ def test_equals_pydensecrf_on_real_images(count):
     assert worst < 1e-3
 
 
-def test_kernels_that_are_too_narrow_are_named():
+@pytest.mark.parametrize("width", [1e-4, 1e-30])
+def test_kernels_that_are_too_narrow_are_named(width):
     image, unary = picture(40, 50), energies(40, 50, 2)
-    with pytest.raises(UserError, match="too narrow for an image of 50x40 pixels; raise"):
-        crf.marginals(image, unary, changed(bilateral_srgb=1e-4, bilateral_sxy=1e-4))
+    for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
+        with pytest.raises(UserError, match="too narrow for an image of 50x40 pixels; raise"):
+            crf.marginals(image, unary, changed(**{name: width}))
+
+
+def test_arrays_that_do_not_go_together_are_refused():
+    image, seed = picture(20, 30), np.zeros((20, 30), np.uint8)
+    with pytest.raises(ValueError, match="30x20 pixels goes with 600 values, not 551"):
+        crf_compiled.best(image, seed[1:, :29], 2, 1.0, SETTINGS)
+    with pytest.raises(ValueError, match="1200 values"):
+        crf_compiled.best_of(image, energies(20, 29, 2), SETTINGS)
+    with pytest.raises(ValueError, match="label 2, of 0 .. 1"):
+        crf_compiled.best(image, seed + np.uint8(2), 2, 1.0, SETTINGS)
+    with pytest.raises(ValueError, match="RGB"):
+        crf_compiled.best(image[..., 0], seed, 2, 1.0, SETTINGS)
 
 
 def test_more_labels_than_a_label_map_can_hold_are_refused():
