@@ -51,14 +51,15 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
 
     from isim.distributed import LOST
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # This process does nothing else.
+    logging.disable(logging.CRITICAL)
     complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            arguments = parse_args([*torchrun, "--module", "isim", *command])
-    except SystemExit as error:
+    arguments = None
+    with contextlib.redirect_stderr(complaint), contextlib.suppress(SystemExit):
+        arguments = parse_args([*torchrun, "--module", "isim", *command])
+    if arguments is None:
         last = (complaint.getvalue().strip().splitlines() or ["see `torchrun --help`"])[-1]
-        raise UserError(f"ISIM_TORCHRUN: {last}") from error
+        raise UserError(f"ISIM_TORCHRUN: {last.rpartition('error: ')[2]}")
     try:
         run(arguments)
     except SignalException as error:
