@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from isim import engine
+from isim import distributed, engine
 from isim.data.dataset import CropDataset, epoch_order
 from isim.errors import UserError
 
@@ -36,6 +36,10 @@ def steps_per_epoch(count: int, batch: int) -> int:
 class CropBatches:
     """Batches of crops, epoch after epoch, from the same loader processes.
 
+    Each process of a run takes its share of every batch, so that the images of a step are the
+    same ones however many processes there are; a loss is summed over them when each divides its
+    part by the count of all.
+
     They are forked when the first epoch starts, before training fills the memory: processes
     forked later would keep a copy of every page that training then changes.
 
@@ -43,6 +47,13 @@ class CropBatches:
         dataset: The crops.
         params: Batch size and seed.
         device: Where the batches go.
+
+    Attributes:
+        dataset: The crops.
+        size: Images of a batch, over all processes.
+
+    Raises:
+        UserError: A batch has fewer images than there are processes.
     """
 
     def __init__(self, dataset: CropDataset, params: Schedule, device: torch.device) -> None:
@@ -51,11 +62,16 @@ class CropBatches:
         self._params = params
         self._device = device
         workers = engine.worker_count()
-        self._order: list[int] = []
+        self.size = min(params.batch, len(dataset))
+        if self.size < distributed.world():
+            raise UserError(
+                f"a batch of {self.size} images cannot be shared by {distributed.world()} "
+                "processes; raise the stage's batch or start fewer processes"
+            )
+        self._shares: list[list[int]] = []
         self._loader = DataLoader(
             dataset,
-            batch_size=min(params.batch, len(dataset)),
-            sampler=self._order,
+            batch_sampler=self._shares,
             num_workers=workers,
             persistent_workers=workers > 0,
             # Its own: only the first epoch would draw from the default one, so that a resumed
@@ -65,7 +81,7 @@ class CropBatches:
         )
 
     def epoch(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of an epoch on the device; the last, incomplete one is dropped.
+        """This process's shares of an epoch's batches; the last, incomplete one is dropped.
 
         A batch of one image could not be normalised by its own statistics; the images left
         out differ every epoch.
@@ -74,9 +90,13 @@ class CropBatches:
             UserError: An unreadable image or label, or a loader process that died.
         """
         self.dataset.set_epoch(epoch)
-        count = steps_per_epoch(len(self.dataset), self._params.batch) * self._params.batch
+        order = epoch_order(len(self.dataset), self._params.seed, epoch).tolist()
+        steps = steps_per_epoch(len(self.dataset), self._params.batch)
         # Read anew for every epoch, by this process: the workers that live on get indices from it.
-        self._order[:] = epoch_order(len(self.dataset), self._params.seed, epoch)[:count].tolist()
+        self._shares[:] = [
+            list(distributed.mine(order[step * self.size : (step + 1) * self.size]))
+            for step in range(steps)
+        ]
         try:
             for batch in self._loader:
                 yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
@@ -118,7 +138,8 @@ def step_batches(
     Raises:
         UserError: As `CropBatches.epoch`.
     """
-    engine.seed_all(params.seed, epoch)
+    # Dropout draws for one image must not repeat those for another process's.
+    engine.seed_all(params.seed, epoch, *([distributed.rank()] if distributed.rank() else []))
     network.train()
     steps = steps_per_epoch(len(crops.dataset), params.batch)
     title = f"epoch {epoch}/{params.epochs}"

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, splits
+from isim import atomic, distributed, engine, metrics, splits
 from isim.data.dataset import Item
 from isim.errors import UserError
 from isim.journal import Journal
@@ -75,6 +75,8 @@ def predict(
 ) -> dict[str, Predicted]:
     """Predict every item and score the label maps before and after dCRF (paper 4.1.7).
 
+    Each process of a run predicts its share of them.
+
     Runs again after an interruption with the same arguments, it computes only the images
     that are not done.
 
@@ -104,7 +106,7 @@ def predict(
     for folder in {labels, last}:
         atomic.make_directory(folder)
         for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     def tasks(missing: Sequence[Item]) -> Iterator[PredictionTask]:
         for item, pixels in images(missing, device):
@@ -132,11 +134,14 @@ def predict(
 
     with Journal(journal_path) as journal:
         journal.keep(path.stem for path in last.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, computed = journal.share_out(items)
         results = in_workers(finish_prediction, tasks(missing))
         for result in tqdm(results, labels.name, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    # Not a set, whose order is another one in every process.
+    for folder in (labels, last):
+        distributed.share(folder, "*.png")
 
     plain = {part: np.zeros((num_labels, num_labels), np.int64) for part in parts}
     after = {part: np.zeros_like(confusion) for part, confusion in plain.items()}
@@ -151,7 +156,7 @@ def predict(
             images=len(ids),
             scored=sum(item.mask is not None and item.id in ids for item in items),
             seconds=seconds,
-            computed=len(missing),
+            computed=computed,
         )
         for part, ids in parts.items()
     }

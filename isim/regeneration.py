@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isim import atomic, engine, metrics
+from isim import atomic, distributed, engine, metrics
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
@@ -147,6 +147,8 @@ def regenerate(
 ) -> Scores:
     """Make the pseudo-labels of one round (paper Algorithm 1, line 8) and score them.
 
+    Each process of a run makes its share of them.
+
     Runs again after an interruption with the same arguments, it computes only the images
     that are not done.
 
@@ -173,10 +175,10 @@ def regenerate(
     atomic.make_directory(labels)
     atomic.make_directory(scratch)
     for leftover in [*labels.glob(".tmp-*"), *scratch.glob(".tmp-*")]:
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     with Journal(scratch / "progress.jsonl") as journal:
         journal.keep(path.stem for path in labels.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, computed = journal.share_out(items)
 
         sweeps: dict[str, list[list[int]]] = {}
 
@@ -196,7 +198,9 @@ def regenerate(
 
         for result in refine_all(tasks()):
             journal.add({**asdict(result), "sweep": sweeps.pop(result.id, [])})
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    distributed.share(labels, "*.png")
+    distributed.share(scratch, "*.npz")
 
     seed_confusion = np.zeros((num_labels, num_labels), np.int64)
     label_confusion = np.zeros_like(seed_confusion)
@@ -214,7 +218,7 @@ def regenerate(
         scored=sum(item.mask is not None for item in items),
         masked_share=sum(line["masked"] for line in lines) / len(items),
         seconds=time.perf_counter() - start,
-        computed=len(missing),
+        computed=computed,
     )
 
 
@@ -245,12 +249,12 @@ def score_seeds(
     num_labels = len(config.classes) + 1
     confusion = np.zeros((num_labels, num_labels), np.int64)
     scored = [item for item in items if item.mask is not None]
-    for item, cam in cams(network, config, scored, settings, device):
+    for item, cam in cams(network, config, distributed.mine(scored), settings, device):
         seed = seeds.seed(cam.cpu().numpy(), class_ids(item), threshold)
         if item.mask is not None:
             truth = files.read_truth(item.mask, seed.shape, num_labels)
             confusion += metrics.confusion_matrix(truth, seed, num_labels)
-    return metrics.miou(confusion)
+    return metrics.miou(distributed.sum_array(confusion))
 
 
 def _sweep_counts(

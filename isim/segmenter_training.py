@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from isim import engine
+from isim import distributed, engine
 from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
 from isim.models.losses import pixel_cross_entropy
 from isim.models.segmenter import Segmenter
@@ -66,10 +66,11 @@ def train_epoch(
         optimizer.step()
         total += loss.item()
         images_seen += len(logits)
+    sums = distributed.sum_figures({"loss": total, "images": images_seen})
     seconds = time.perf_counter() - start
     return {
-        "loss": total / steps,
+        "loss": sums["loss"] / steps,
         "rate": optimizer.param_groups[0]["lr"],
         "seconds": seconds,
-        "images_per_second": images_seen / seconds,
+        "images_per_second": sums["images"] / seconds,
     }

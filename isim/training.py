@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from isim import engine, metrics
+from isim import distributed, engine, metrics
 from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
 from isim.data import files
 from isim.data.dataset import Item
@@ -74,7 +74,9 @@ def train_epoch(
     for index, batch in enumerate(batches):
         with engine.autocast(precision, device):
             logits, segmentation = network(batch["image"], segment)
-        loss = classification = F.multilabel_soft_margin_loss(logits.float(), batch["image_label"])
+        loss = classification = F.multilabel_soft_margin_loss(
+            logits.float(), batch["image_label"]
+        ) * (len(logits) / crops.size)
         if segmentation is not None:
             pixels, left_out = modified_cross_entropy(segmentation.float(), batch["label"])
             loss = classification + params.segmentation_weight * pixels
@@ -92,11 +94,14 @@ def train_epoch(
         optimizer.step()
         logits_seen.append(logits.detach().float().cpu())
         labels_seen.append(batch["image_label"].cpu())
-    figures = metrics.classification_figures(
-        torch.cat(labels_seen).numpy(), torch.cat(logits_seen).numpy()
+    labels_seen_, logits_seen_ = (
+        distributed.gather_rows(torch.cat(seen).numpy()) for seen in (labels_seen, logits_seen)
     )
+    figures = metrics.classification_figures(labels_seen_, logits_seen_)
+    sums = distributed.sum_figures(sums | {"left_out": float(without_foreground)})
+    without_foreground = int(sums.pop("left_out"))
     seconds = time.perf_counter() - start
-    images_seen = sum(len(logits) for logits in logits_seen)
+    images_seen = len(logits_seen_)
     return {
         **{name: value / steps for name, value in sums.items()},
         "without_foreground": without_foreground / images_seen if segment else 0.0,
@@ -143,10 +148,12 @@ def classify(
 
     logits = np.zeros((len(items), len(config.classes)), np.float32)
     with ThreadPoolExecutor(2) as pool, engine.autocast(precision, device):
-        for row, (_, image) in enumerate(ahead(pool, read, items, 4)):
+        stream = ahead(pool, lambda row: read(items[row]), distributed.mine(range(len(items))), 4)
+        for row, image in stream:
             views = normalize(image[None].to(device), config.mean, config.std)
             views = views.contiguous(memory_format=torch.channels_last)
             logits[row] = network(views, False)[0][0].float().cpu().numpy()
+    logits = distributed.sum_array(logits)
     if not np.isfinite(logits).all():
         raise UserError(
             "the network's scores are not finite: the rates are likely too "

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, splits, tracking, viz
+from isim import atomic, distributed, engine, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.journal import Journal
@@ -67,6 +67,8 @@ def run(params: RandomWalk, root: Path) -> None:
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/random_walk", key)
     reports = root / "reports/random_walk"
+    # Where processes have several disks, what an earlier run has finished is then on each.
+    distributed.share(resume)
     names = ("background", *prepared.classes)
     inputs = {"data/prepared": root / "data/prepared", "data/cams": cams}
     inputs["models/train_affinity"] = checkpoint.parent
@@ -106,6 +108,10 @@ def run(params: RandomWalk, root: Path) -> None:
                 headline |= {f"{part}_{k}": v for k, v in figures.items() if k.endswith("_miou")}
                 scores = (f"{name} mIoU {100 * figures[f'{name}_miou']:.2f}" for name in confusions)
                 tqdm.write(f"random_walk: {len(ids)} label maps of {part}, {', '.join(scores)}")
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "labels", root / "data/random_walk")
         shutil.rmtree(reports / "pictures", ignore_errors=True)
         for split, items in chosen.items():
@@ -145,11 +151,11 @@ def _walk_split(
     for folder in folders.values():
         atomic.make_directory(folder)
         for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     with Journal(resume / f"{split}.jsonl") as journal:
         for folder in folders.values():
             journal.keep(path.stem for path in folder.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, computed = journal.share_out(items)
 
         def tasks() -> Iterator[tuple[WalkTask, torch.Tensor]]:
             for item, pixels in images(missing, device):
@@ -175,14 +181,16 @@ def _walk_split(
         results = in_workers(walk_image, _with_walks(tasks(), device))
         for result in tqdm(results, split, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    for folder in folders.values():
+        distributed.share(folder, "*.png")
     size = (num_labels, num_labels)
     confusions = {name: {part: np.zeros(size, np.int64) for part in parts} for name in folders}
     for line in lines:
         for name, totals in confusions.items():
             counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
             splits.add(totals, parts, line["id"], dense(counts, num_labels))
-    return len(missing), confusions
+    return computed, confusions
 
 
 def _with_walks(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, tracking, viz
+from isim import atomic, distributed, engine, metrics, pictures, tracking, viz
 from isim.affinity_workers import LabelTask, make_label
 from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
 from isim.data import files
@@ -25,7 +25,7 @@ from isim.data.dataset import CropDataset, Item, load_prepared
 from isim.errors import UserError, renamed
 from isim.journal import Journal
 from isim.labels.affinity_pairs import reduce_label
-from isim.models import affinity, cam
+from isim.models import affinity, cam, norm
 from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss
 from isim.params import TrainAffinity, digest, home, resolve_path
 from isim.regeneration import class_ids, in_workers
@@ -92,6 +92,7 @@ def run(params: TrainAffinity, root: Path) -> None:
     if params.weights == "train_cam":
         _copy_encoder(trained, network, config)
     engine.place(network, device)
+    norm.synchronise(network)
     groups = [(network.encoder, params.rate), (network.head, params.head_factor * params.rate)]
     optimizer = engine.sgd(groups, params.momentum, params.weight_decay)
 
@@ -106,10 +107,7 @@ def run(params: TrainAffinity, root: Path) -> None:
     state = resume / "state.safetensors"
     labels = resume / "labels"
     atomic.make_directory(labels)
-    # A kill in the middle of a write leaves its temporary file, which must not be published.
-    for leftover in resume.rglob(".tmp-*"):
-        leftover.unlink()
-    progress = engine.read_progress(state, key) or {"digest": key, "epochs": []}
+    progress = engine.latest_progress(resume, key) or {"digest": key, "epochs": []}
     if progress["epochs"]:
         engine.load_state(state, network, optimizer)
         tqdm.write(f"train_affinity: continues after epoch {len(progress['epochs'])}")
@@ -139,7 +137,7 @@ def run(params: TrainAffinity, root: Path) -> None:
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
                 row = train_epoch(network, optimizer, crops, params, epoch, precision, device)
-                rows.append({"epoch": epoch, **row})
+                rows.append(distributed.broadcast({"epoch": epoch, **row}))
                 engine.save_state(state, network, optimizer, progress)
                 tqdm.write(
                     f"epoch {epoch}/{params.epochs}: loss {row['loss']:.4f} (background "
@@ -153,6 +151,10 @@ def run(params: TrainAffinity, root: Path) -> None:
         engine.save_tensors(
             resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
         )
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "models", root / "models/train_affinity")
         atomic.copy_tree(labels, root / "data/affinity_labels")
         reports = root / "reports/train_affinity"
@@ -180,8 +182,6 @@ def run(params: TrainAffinity, root: Path) -> None:
         tracked.headline({"loss": last["loss"], "sure_accuracy": figures["sure_accuracy"]})
         tracked.artifact_file(reports / "epochs.csv")
         tracked.register_model("affinity", root / "models/train_affinity/model.safetensors")
-    # First: what a kill leaves of the folder must not pass for a trained network.
-    state.unlink()
     engine.remove_resume_folder(resume)
 
 
@@ -211,7 +211,7 @@ def _make_labels(
     """Make the affinity labels that are missing; shares of sure pixels and of right ones."""
     with Journal(labels.with_suffix(".jsonl")) as journal:
         journal.keep(path.stem for path in labels.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, _ = journal.share_out(items)
 
         def tasks() -> Iterator[LabelTask]:
             for item in missing:
@@ -229,7 +229,8 @@ def _make_labels(
         results = in_workers(make_label, tasks())
         for result in tqdm(results, "labels", len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    distributed.share(labels, "*.png")
     confusion = np.zeros((num_labels, num_labels), np.int64)
     for line in lines:
         confusion += dense(line["counts"], num_labels)
@@ -291,9 +292,11 @@ def train_epoch(
         for name, term in zip(sums, loss, strict=True):
             sums[name] += term.item()
         images_seen += len(images)
+    figures = distributed.sum_figures(sums | {"images": images_seen})
+    images_seen = int(figures.pop("images"))
     seconds = time.perf_counter() - start
     return {
-        **{name: value / steps for name, value in sums.items()},
+        **{name: value / steps for name, value in figures.items()},
         "seconds": seconds,
         "images_per_second": images_seen / seconds,
     }
