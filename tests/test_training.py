@@ -159,6 +159,7 @@ def test_an_epoch_depends_on_its_number_and_not_on_helpers(tiny, prepared, label
         trainer = Trainer(tiny.train_cam, prepared, labels)
         torch.rand(1)
         row = trainer.epoch(2)
+        assert 0 <= row.pop("waiting_share") <= 1
         del row["seconds"], row["images_per_second"]
         rows.append((row, trainer.weights("encoder")))
     assert rows[0][0] == rows[1][0] and not changed(rows[0][1], rows[1][1])
