@@ -51,9 +51,10 @@ def train_epoch(
     batches = step_batches(network, optimizer, crops, params, epoch, horizon, schedule.poly_power)
     rate = "train_segmenter.optimizer.rate"
     meter = Meter(device, epoch, steps, schedule.momentum, rate)
+    forward = engine.compiled(network.forward, params.compile)
     for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            logits = network(batch["image"])
+            logits = forward(batch["image"])
         loss = pixel_cross_entropy(logits, batch["label"], network.output_stride)
         meter.add(loss, {"loss": loss})
         optimizer.zero_grad(set_to_none=True)

@@ -69,11 +69,12 @@ def train_epoch(
     batches = step_batches(network, optimizer, crops, params, epoch, horizon, schedule.poly_power)
     rates = "train_cam.optimizer.encoder_rate and classifier_rate"
     meter = Meter(device, epoch, steps, schedule.momentum, rates)
+    forward = engine.compiled(network.forward, params.compile)
     none = torch.zeros((), device=device)
     logits_seen, labels_seen = [], []
     for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            logits, segmentation = network(batch["image"], segment)
+            logits, segmentation = forward(batch["image"], segment)
         loss = classification = F.multilabel_soft_margin_loss(logits.float(), batch["image_label"])
         pixels, left_out = none, none
         if segmentation is not None:

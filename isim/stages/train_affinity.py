@@ -26,7 +26,7 @@ from isim.journal import Journal
 from isim.labels.affinity_pairs import reduce_label
 from isim.meter import Meter
 from isim.models import affinity, cam
-from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss
+from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss, pair_affinity
 from isim.params import TrainAffinity, digest, home, resolve_path
 from isim.regeneration import class_ids, in_workers
 from isim.workers import dense
@@ -274,9 +274,12 @@ def train_epoch(
     )
     rates = "train_affinity.rate or head_factor"
     meter = Meter(device, epoch, steps, params.momentum, rates)
+    # Not the pairs, whose 34 unrolled planes would take minutes to compile.
+    features = engine.compiled(network.features, params.compile)
     for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            loss = affinity_loss(network(batch["image"]), batch["label"], params.radius)
+            affinities = pair_affinity(features(batch["image"]), params.radius)
+            loss = affinity_loss(affinities, batch["label"], params.radius)
         terms = {f"{name}_loss": value for name, value in loss._asdict().items()}
         meter.add(loss.total, {"loss": terms.pop("total_loss"), **terms})
         optimizer.zero_grad(set_to_none=True)
