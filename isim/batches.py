@@ -46,7 +46,7 @@ class CropBatches:
     Args:
         dataset: The crops.
         params: Batch size and seed.
-        device: Where the batches go.
+        device: Where the batches go, and where their images are normalised.
 
     Attributes:
         dataset: The crops.
@@ -68,6 +68,9 @@ class CropBatches:
                 f"a batch of {self.size} images cannot be shared by {distributed.world()} "
                 "processes; raise the stage's batch or start fewer processes"
             )
+        # Made once: to copy them to a GPU for every batch would make the CPU wait for it.
+        self._mean = torch.tensor(dataset.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(dataset.std, device=device).view(1, 3, 1, 1)
         self._shares: list[list[int]] = []
         self._loader = DataLoader(
             dataset,
@@ -86,6 +89,10 @@ class CropBatches:
         A batch of one image could not be normalised by its own statistics; the images left
         out differ every epoch.
 
+        Yields:
+            As the dataset's items, but image (B, 3, crop, crop) float32, normalised and
+            channels-last, and label int64.
+
         Raises:
             UserError: An unreadable image or label, or a loader process that died.
         """
@@ -99,7 +106,11 @@ class CropBatches:
         ]
         try:
             for batch in self._loader:
-                yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+                there = {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+                yield there | {
+                    "image": self._normalise(there["image"]),
+                    "label": there["label"].long(),
+                }
         except UserError as error:
             # A loader process sends its whole traceback as the message: keep the last line.
             last = str(error).strip().splitlines()[-1]
@@ -112,6 +123,10 @@ class CropBatches:
                 f"smaller ISIM_WORKERS than {engine.worker_count()}: finished epochs are kept"
             ) from error
 
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, h, w, 3) uint8 to (B, 3, h, w) float32, which is channels-last as it stands."""
+        return images.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
+
 
 def step_batches(
     network: torch.nn.Module,
@@ -122,9 +137,11 @@ def step_batches(
     horizon: int,
     power: float,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of an epoch, images channels-last, each with the rates of its step set.
+    """Batches of an epoch, each with the rates of its step set.
 
-    Seeds what is drawn while it runs and puts the network into training mode.
+    Seeds what is drawn while it runs and puts the network into training mode. While it runs, a
+    GPU's convolutions are chosen by trying, since all batches are of one size; which one wins
+    may differ from run to run, so that a resumed run is bit-equal on the CPU only.
 
     Args:
         network: What is trained.
@@ -144,26 +161,11 @@ def step_batches(
     steps = steps_per_epoch(len(crops.dataset), params.batch)
     title = f"epoch {epoch}/{params.epochs}"
     batches = tqdm(crops.epoch(epoch), total=steps, desc=title, disable=None, leave=False)
-    for index, batch in enumerate(batches):
-        step = (epoch - 1) * steps + index
-        engine.set_rates(optimizer, engine.poly_factor(step, horizon, power))
-        yield batch | {"image": batch["image"].contiguous(memory_format=torch.channels_last)}
-
-
-def require_finite(loss: torch.Tensor, place: str, momentum: float, rates: str) -> None:
-    """Stop at a loss that is not finite.
-
-    Args:
-        loss: A scalar.
-        place: Epoch and step, for the message.
-        momentum: The optimizer's, for the message.
-        rates: Names of the parameters to lower, for the message.
-
-    Raises:
-        UserError: It is not finite.
-    """
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss.item()} at {place}: the rates are likely too high for momentum "
-            f"{momentum}; lower {rates} (or try precision: fp32)"
-        )
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        for index, batch in enumerate(batches):
+            step = (epoch - 1) * steps + index
+            engine.set_rates(optimizer, engine.poly_factor(step, horizon, power))
+            yield batch
+    finally:
+        torch.backends.cudnn.benchmark = before

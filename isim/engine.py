@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast context of a resolved precision; a no-op for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+    """`function`, compiled by torch if `wanted` when it is first called with tensors of a shape.
+
+    The modules behind it stay what they are, and so do the names in their checkpoints. Another
+    call with the same function compiles nothing again.
+    """
+    return torch.compile(function, dynamic=False) if wanted else function
 
 
 def seed_all(*parts: int) -> None:

@@ -49,6 +49,7 @@ LEVELS = [
         "isim.pictures",
         "isim.splits",
         "isim.batches",
+        "isim.meter",
     },
     {"isim.affinity_workers", "isim.walk_workers"},
     {"isim.regeneration"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._inductor.exc import InductorError
 
 from isim import engine
 from isim.errors import UserError
@@ -240,3 +241,24 @@ def test_freed_memory_is_kept_inside_the_block_and_given_back_elsewhere():
         assert grown[name] > 160, (name, found)
     for name in ("after", "holes, trimmed"):
         assert grown[name] < 96, (name, found)
+
+
+def test_a_compiled_forward_is_close_and_leaves_the_names_alone():
+    """By inductor itself, with gradients; another call for the same function compiles nothing."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    images, names = torch.randn(2, 3, 9, 9), list(network.state_dict())
+    assert engine.compiled(network.forward, False) == network.forward
+    try:
+        found = engine.compiled(network.forward, True)(images)
+    except InductorError as error:
+        pytest.skip(f"inductor cannot run here: {str(error).splitlines()[0]}")
+    found.sum().backward()
+    gradient, network[0].weight.grad = network[0].weight.grad, None
+    expected = network(images)
+    expected.sum().backward()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(gradient, network[0].weight.grad, atol=1e-4)
+    assert list(network.state_dict()) == names
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(engine.compiled(network.forward, True)(images), found)

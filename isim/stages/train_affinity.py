@@ -6,7 +6,6 @@ parameters, the data, the CAMs and the code are the same, and ends as if never i
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,14 +18,15 @@ from tqdm import tqdm
 
 from isim import atomic, distributed, engine, metrics, pictures, tracking, viz
 from isim.affinity_workers import LabelTask, make_label
-from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
+from isim.batches import CropBatches, step_batches, steps_per_epoch
 from isim.data import files
 from isim.data.dataset import CropDataset, Item, load_prepared
 from isim.errors import UserError, renamed
 from isim.journal import Journal
 from isim.labels.affinity_pairs import reduce_label
+from isim.meter import Meter
 from isim.models import affinity, cam, norm
-from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss
+from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss, pair_affinity
 from isim.params import TrainAffinity, digest, home, resolve_path
 from isim.regeneration import class_ids, in_workers
 from isim.workers import dense
@@ -57,8 +57,8 @@ class AffinityCrops(CropDataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Draw the crop of one item, with labels (h, w) instead of (crop, crop)."""
         drawn = super().__getitem__(index)
-        label = drawn["label"].numpy().astype(np.uint8)
-        return drawn | {"label": torch.from_numpy(reduce_label(label, self._stride)).long()}
+        label = reduce_label(drawn["label"].numpy(), self._stride)
+        return drawn | {"label": torch.from_numpy(label)}
 
 
 def run(params: TrainAffinity, root: Path) -> None:
@@ -264,42 +264,29 @@ def train_epoch(
         device: Where the network is.
 
     Returns:
-        Means of the loss and of its three terms, seconds and images/s.
+        Means of the loss and of its three terms, and the figures of `Meter.speed`.
 
     Raises:
         UserError: A loss that is not finite: the step and the likely cause.
     """
-    start = time.perf_counter()
     steps = steps_per_epoch(len(crops.dataset), params.batch)
-    sums = {"loss": 0.0, "background_loss": 0.0, "foreground_loss": 0.0, "negative_loss": 0.0}
-    images_seen = 0
-    stream = step_batches(
+    batches = step_batches(
         network, optimizer, crops, params, epoch, steps * params.epochs, params.poly_power
     )
-    for index, batch in enumerate(stream):
-        images = batch["image"]
+    rates = "train_affinity.rate or head_factor"
+    meter = Meter(device, epoch, steps, params.momentum, rates)
+    # Not the pairs, whose 34 unrolled planes would take minutes to compile.
+    features = engine.compiled(network.features, params.compile)
+    for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            loss = affinity_loss(network(images), batch["label"], params.radius)
-        require_finite(
-            loss.total,
-            f"epoch {epoch}, step {index + 1} of {steps}",
-            params.momentum,
-            "train_affinity.rate or head_factor",
-        )
+            affinities = pair_affinity(features(batch["image"]), params.radius)
+            loss = affinity_loss(affinities, batch["label"], params.radius)
+        terms = {f"{name}_loss": value for name, value in loss._asdict().items()}
+        meter.add(loss.total, {"loss": terms.pop("total_loss"), **terms})
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         optimizer.step()
-        for name, term in zip(sums, loss, strict=True):
-            sums[name] += term.item()
-        images_seen += len(images)
-    figures = distributed.sum_figures(sums | {"images": images_seen})
-    images_seen = int(figures.pop("images"))
-    seconds = time.perf_counter() - start
-    return {
-        **{name: value / steps for name, value in figures.items()},
-        "seconds": seconds,
-        "images_per_second": images_seen / seconds,
-    }
+    return meter.means() | meter.speed()
 
 
 def _strip(item: Item, cams: Path, labels: Path, columns: int) -> np.ndarray:
