@@ -21,11 +21,11 @@ from pathlib import Path
 import killed_stage
 import torch
 
-from isim import distributed, params, segmenter_training, tracking, training
+from isim import distributed, meter, params, tracking
 from isim.data import files
 from isim.errors import UserError
 from isim.models import norm
-from isim.stages import evaluate, train_affinity
+from isim.stages import evaluate
 
 # No torchrun is there to end those that wait for it.
 distributed.TOGETHER_SECONDS = 0.3
@@ -87,8 +87,7 @@ def report_work(pipe):
 
     for name in ("write_label_map", "write_cam"):
         after(files, name, lambda path, *_: f"image {path.parent.name}/{path.name}")
-    for module in (training, segmenter_training, train_affinity):
-        after(module, "require_finite", lambda loss, *_: f"loss {loss.item()}")
+    after(meter.Meter, "add", lambda _, loss, terms: f"loss {loss.item()}")
 
 
 def live(step, rank, port, pipe):
