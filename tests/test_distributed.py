@@ -137,6 +137,7 @@ def test_batch_statistics_are_those_of_the_whole_batch_however_uneven_the_shares
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_normalisation_of_processes_is_that_of_one(run, tmp_path, processes):
+    torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4), BatchNormAct2d(4)
     )
