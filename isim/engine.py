@@ -50,6 +50,12 @@ def default_device() -> torch.device:
         raise UserError(
             f"ISIM_DEVICE: torch cannot use '{name}' here; unset it or set it to cpu"
         ) from error
+    if device.index is not None and os.environ.get("ISIM_DEVICE") == name:
+        if distributed.local_world() > 1:
+            raise UserError(
+                f"ISIM_DEVICE: '{name}' is one device for {distributed.local_world()} processes; "
+                "set it to cuda, and CUDA_VISIBLE_DEVICES to the devices to use"
+            )
     if device.type == "cuda" and distributed.world() > 1:
         # Where NCCL communicates; otherwise all would take memory of the first device.
         torch.cuda.set_device(device)
