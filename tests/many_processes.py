@@ -39,7 +39,7 @@ def normalise(root):
     torch.manual_seed(distributed.rank())
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4), BatchNormAct2d(4)
-    ).to(memory_format=torch.channels_last)
+    ).to(torch.float64, memory_format=torch.channels_last)
     if distributed.is_main():
         # Others get these weights from rank 0.
         network.load_state_dict(torch.load(root / "start.pt", weights_only=True))

@@ -54,7 +54,7 @@ class SharedNorm(nn.SyncBatchNorm):
         """Normalise; in training mode by the statistics of all processes."""
         if not self.training or input.device.type != "cpu":
             return super().forward(input)
-        values = input.float()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         axes = [axis for axis in range(values.ndim) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(values.ndim)]
         count = distributed.total(torch.tensor(float(values.numel() // values.shape[1])))
