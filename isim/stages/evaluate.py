@@ -182,7 +182,9 @@ def _score_cams(
             )
 
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
-    progress = tqdm(refine_all(tasks()), folder.name, len(items), leave=False, disable=None)
+    progress = tqdm(
+        refine_all(tasks(), params.crf), folder.name, len(items), leave=False, disable=None
+    )
     for result in progress:
         splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return totals, refined
