@@ -24,7 +24,8 @@ COUNTS = (100, 562)
 
 def run(count: int) -> None:
     """Regenerate the pseudo-labels of `count` images in this process."""
-    from regeneration import CRF, THRESHOLD, items, network
+    from harness import items
+    from regeneration import CRF, THRESHOLD, network
 
     from isim import engine
     from isim.data import files

@@ -9,11 +9,13 @@ Run it where data/cams and models/train_affinity are:
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from isim import engine, metrics
 from isim.data import files
@@ -21,7 +23,7 @@ from isim.data.dataset import Item, load_prepared
 from isim.labels import random_walk
 from isim.models import affinity
 from isim.params import load, resolve_path
-from isim.regeneration import class_ids, images
+from isim.regeneration import class_ids, computed
 
 BETAS, STEPS_LOG2 = (4, 8, 16, 32), (4, 6, 8)
 ALPHAS, THRESHOLDS = (2, 4, 8, 16), (0.2, 0.3, 0.4, 0.5)
@@ -36,10 +38,14 @@ def score(checkpoint: Path, items: tuple[Item, ...], split: str, num_labels: int
     confusions: dict[tuple[str, ...], np.ndarray] = defaultdict(
         lambda: np.zeros((num_labels, num_labels), np.int64)
     )
-    for item, pixels in images(items, device):
-        assert item.mask is not None
+
+    def affinities_of(_: Sequence[Item], images: Tensor) -> list[Tensor]:
         with engine.autocast(precision, device):
-            affinities = affinity.of_image(network, config, pixels).cpu().numpy()
+            return [affinity.of_image(network, config, image) for image in images]
+
+    for item, found in computed(affinities_of, items, device):
+        assert item.mask is not None
+        affinities = found.cpu().numpy()
         ids = class_ids(item)
         path = Path("data/cams") / split / f"{item.id}.npz"
         planes, size = files.read_cam_of(path, item.image, ids)

@@ -21,8 +21,10 @@ from isim import atomic, distributed
 from isim.errors import UserError
 
 # Numbers of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _keeps_memory = False
+# What autocast computes in, by resolved precision.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def default_device() -> torch.device:
@@ -73,15 +75,18 @@ def keep_freed_memory() -> Iterator[None]:
     """Inside the block glibc keeps what is freed for the next step; without glibc do nothing.
 
     Otherwise every large activation is given back to the kernel and cleared again when the next
-    step asks for it: about a seventh of a training step's CPU time. Around a whole training run:
-    its steps are alike, so that the heap is as large as it gets after the first ones.
+    step asks for it: about a seventh of a training step's CPU time, a fifth of a CAM's. Around a
+    whole training run: its steps are alike, so that the heap is as large as it gets after the
+    first ones. Threads started in the block share one heap, since others are given back in any
+    case. Blocks may be nested.
     """
     global _keeps_memory
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    if _keeps_memory or not hasattr(libc, "mallopt"):
         yield
         return
     _keeps_memory = True
+    libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -95,13 +100,13 @@ def keep_freed_memory() -> Iterator[None]:
 
 
 def trim_freed_memory() -> None:
-    """Give what is free back to the kernel, unless inside `keep_freed_memory`.
+    """Give what is free back to the kernel; without glibc do nothing.
 
     Images of many sizes leave holes all over the heap, which would grow for as long as new sizes
     come.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim") and not _keeps_memory:
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
@@ -132,7 +137,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast context of a resolved precision; a no-op for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:

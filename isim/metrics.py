@@ -1,5 +1,7 @@
 """Scores: one int64 confusion matrix a split (spec 8) and multi-label figures (paper Table 1)."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,15 +57,36 @@ def sweep_confusion(
     Returns:
         (T, L, L) counts; each equals `confusion_matrix` of the seed at that threshold.
     """
+    levels = np.searchsorted(thresholds, height, side="left")
+    return level_confusion(truth, best, levels, len(thresholds), num_labels)
+
+
+def level_confusion(
+    truth: NDArray[np.uint8],
+    best: NDArray[np.uint8],
+    levels: NDArray[np.integer[Any]],
+    thresholds: int,
+    num_labels: int,
+) -> NDArray[np.int64]:
+    """`sweep_confusion` from the number of thresholds that each pixel rises above.
+
+    Args:
+        truth: As in `sweep_confusion`.
+        best: Likewise.
+        levels: (H, W) integers 0..T.
+        thresholds: T.
+        num_labels: L = K + 1.
+
+    Returns:
+        (T, L, L) counts.
+    """
     counted = truth != IGNORE
-    # Number of thresholds that the pixel rises above: 0..T.
-    above = np.searchsorted(thresholds, height[counted], side="left")
     code = (truth[counted].astype(np.int64) * num_labels + best[counted]) * (
-        len(thresholds) + 1
-    ) + above
-    size = (num_labels, num_labels, len(thresholds) + 1)
+        thresholds + 1
+    ) + levels[counted]
+    size = (num_labels, num_labels, thresholds + 1)
     counts = np.bincount(code, minlength=int(np.prod(size))).reshape(size)
-    # At threshold i the pixels with above > i are foreground: sum from the right.
+    # At threshold i the pixels of levels above i are foreground: sum from the right.
     foreground = counts[..., ::-1].cumsum(-1)[..., ::-1][..., 1:]  # (L, L, T)
     confusion = foreground.transpose(2, 0, 1).copy()  # (T, L, L)
     confusion[:, :, 0] += counts.sum((1, 2)) - foreground.sum(1).T

@@ -1,19 +1,22 @@
 """Regeneration of pseudo-labels: CAM, seed, dCRF, PNG and scores, streamed and overlapped.
 
-The network computes the next CAMs while worker processes refine the last ones. Only a bounded
-number of images is in flight, so memory does not grow with the data set.
+On the CPU threads take whole images through the network, on a GPU this thread takes batches of
+them, while helpers refine, write and score the last ones. Only a bounded number of images is in
+flight, so memory does not grow with the data set.
 """
 
+import contextlib
 import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +27,23 @@ from isim import atomic, distributed, engine, metrics
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
+from isim.gpu import seeds as gpu_seeds
 from isim.journal import Journal
-from isim.labels import seeds
+from isim.labels import crf as cpu_crf
+from isim.models import folding
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.inference import multi_scale_cam
+from isim.models.inference import multi_scale_cams
 from isim.params import Crf
-from isim.workers import RefineResult, RefineTask, dense, refine_image, start_worker
+from isim.workers import (
+    RefineResult,
+    RefineTask,
+    ScoreTask,
+    Sweep,
+    dense,
+    refine_image,
+    score,
+    start_worker,
+)
 
 # Thresholds that a round's CAMs are scored at, to find the best one on the ground truth.
 SWEEP = np.round(np.arange(0.05, 0.601, 0.05), 2).astype(np.float32)
@@ -37,8 +51,18 @@ SWEEP = np.round(np.arange(0.05, 0.601, 0.05), 2).astype(np.float32)
 # regeneration's time, hence about 2.5 % after every eighth.
 TRIM_EVERY = 8
 
+# Images whose results leave a GPU together, and whose dCRF is computed there together.
+GROUP = 32
+# Images decoded ahead of a GPU: two groups, so that it never waits for the disk.
+DECODED_AHEAD = 2 * GROUP
+# Pixels of the images that fill a large GPU (16 of VOC's), and the memory that a pixel is
+# allowed: a wide network's maps at scale 2, several of which are alive at once.
+FILLING_PIXELS = 3_000_000
+BYTES_PER_PIXEL = 16_384
+
 A = TypeVar("A")
 B = TypeVar("B")
+Host = Callable[[], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,18 @@ class Scores:
         }
 
 
+class _Seed(NamedTuple):
+    """What a seed is made and judged by, on the device.
+
+    `maps` are (3, H, W) uint8: seed, label of the highest CAM, number of thresholds of `SWEEP`
+    that it rises above. `image` (3, H, W) and `cam` (K', H, W) are kept where they are needed.
+    """
+
+    maps: Tensor
+    image: Tensor | None
+    cam: Tensor | None
+
+
 def class_ids(item: Item) -> NDArray[np.int64]:
     """Labels 1..K of an image's classes, ascending. Raises UserError where they are unknown."""
     return np.flatnonzero(item.known_label) + 1
@@ -101,31 +137,127 @@ def cams(
     settings: CamSettings,
     device: torch.device,
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (K', H, W) CAMs on `device`, in the order of `images`."""
+    """Yield each item with its (K', H, W) CAMs on `device`, the largest images first."""
+    return computed(cam_maker(network, config, settings, device), items, device)
+
+
+def cam_maker(
+    network: CamNetwork, config: CamConfig, settings: CamSettings, device: torch.device
+) -> Callable[[Sequence[Item], Tensor], list[Tensor]]:
+    """Prepare a network, left in evaluation mode, for the CAMs of many images.
+
+    Returns:
+        What makes (K', H, W) CAMs of images of one size, (B, 3, H, W) uint8, in any thread.
+    """
     network.eval()
-    for item, pixels in images(items, device):
-        ids = torch.from_numpy(class_ids(item)).to(device)
+    every = torch.arange(1, len(config.classes) + 1, device=device)
+    prepared = folding.for_inference(
+        network,
+        lambda net, images: net.cam(images, every),
+        device,
+        engine.DTYPES[settings.precision],
+    )
+
+    def make(items: Sequence[Item], images: Tensor) -> list[Tensor]:
+        ids = [torch.from_numpy(class_ids(item)) for item in items]
         with engine.autocast(settings.precision, device):
-            cam = multi_scale_cam(network, config, pixels, ids, settings.scales, settings.flip)
-        yield item, cam
+            return multi_scale_cams(prepared, config, images, ids, settings.scales, settings.flip)
+
+    return make
 
 
-def images(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (3, H, W) uint8 pixels on `device`, decoded ahead.
+def computed(
+    function: Callable[[Sequence[Item], Tensor], Sequence[B]],
+    items: Sequence[Item],
+    device: torch.device,
+) -> Iterator[tuple[Item, B]]:
+    """Run a network's function over images; yield each item with its result.
+
+    On the CPU `engine.worker_count()` threads take an image each, with one OpenMP thread:
+    results then do not depend on the number of threads, and nothing waits for the slowest part
+    of an operation. On a GPU this thread takes batches of images of one size, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
 
+    Args:
+        function: Items of one size and their (B, 3, H, W) uint8 pixels on `device` to a result
+            each; called in several threads at once on the CPU.
+        items: Images.
+        device: Where `function` computes.
+
     Raises:
-        UserError: An unreadable image.
+        UserError: An unreadable image, or what `function` raises.
     """
     items = sorted(items, key=lambda item: _size_order(item.image))
-    with ThreadPoolExecutor(2) as pool:
-        stream = ahead(pool, lambda item: files.read_image(item.image), items, 4)
-        for number, (item, image) in enumerate(stream):
-            if number % TRIM_EVERY == 0:
-                engine.trim_freed_memory()
-            yield item, torch.from_numpy(image).to(device).permute(2, 0, 1)
+    if device.type == "cpu":
+        stream = _computed_in_threads(function, items)
+    else:
+        stream = _computed_in_batches(function, items, device)
+    for number, result in enumerate(stream):
+        if number % TRIM_EVERY == 0:
+            engine.trim_freed_memory()
+        yield result
+
+
+def _computed_in_threads(
+    function: Callable[[Sequence[Item], Tensor], Sequence[B]], items: Sequence[Item]
+) -> Iterator[tuple[Item, B]]:
+    def compute(item: Item) -> B:
+        pixels = torch.from_numpy(files.read_image(item.image))
+        return function([item], pixels.permute(2, 0, 1)[None])[0]
+
+    threads = engine.worker_count()
+    with engine.intra_op_threads(1), engine.keep_freed_memory():
+        if threads == 0:
+            yield from ((item, compute(item)) for item in items)
+            return
+        with cancelled_at_end(
+            ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
+        ) as pool:
+            yield from ahead(pool, compute, items, 2 * threads)
+
+
+def _computed_in_batches(
+    function: Callable[[Sequence[Item], Tensor], Sequence[B]],
+    items: Sequence[Item],
+    device: torch.device,
+) -> Iterator[tuple[Item, B]]:
+    def decode(item: Item) -> Tensor:
+        pixels = torch.from_numpy(files.read_image(item.image))
+        return pixels.pin_memory() if device.type == "cuda" else pixels
+
+    most = batch_pixels(device)
+    with cancelled_at_end(ThreadPoolExecutor(max(2, engine.worker_count()))) as pool:
+        decoded = ahead(pool, decode, items, DECODED_AHEAD)
+        for batch in _of_one_size(decoded, most):
+            chosen = [item for item, _ in batch]
+            pixels = [image.to(device, non_blocking=True) for _, image in batch]
+            results = function(chosen, torch.stack(pixels).permute(0, 3, 1, 2))
+            yield from zip(chosen, results, strict=True)
+
+
+def batch_pixels(device: torch.device) -> int:
+    """Pixels of the images that a GPU computes at once: what fills it and its memory holds."""
+    if device.type != "cuda":
+        return FILLING_PIXELS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(FILLING_PIXELS, memory // BYTES_PER_PIXEL)
+
+
+def _of_one_size(
+    stream: Iterable[tuple[Item, Tensor]], most: int
+) -> Iterator[list[tuple[Item, Tensor]]]:
+    """Batches of neighbours of one size, of `most` pixels or a single image."""
+    batch: list[tuple[Item, Tensor]] = []
+    for item, image in stream:
+        pixels = image.shape[0] * image.shape[1]
+        if batch and (image.shape != batch[0][1].shape or (len(batch) + 1) * pixels > most):
+            yield batch
+            batch = []
+        batch.append((item, image))
+    if batch:
+        yield batch
 
 
 def _size_order(image: Path) -> tuple[int, int]:
@@ -178,26 +310,55 @@ def regenerate(
         leftover.unlink(missing_ok=True)
     with Journal(scratch / "progress.jsonl") as journal:
         journal.keep(path.stem for path in labels.glob("*.png"))
-        missing, computed = journal.share_out(items)
+        missing, made = journal.share_out(items)
 
-        sweeps: dict[str, list[list[int]]] = {}
+        make = cam_maker(network, config, settings, device)
+        on_gpu = refines_on_gpu(crf, device)
 
-        def tasks() -> Iterator[RefineTask]:
-            for item, cam in cams(network, config, missing, settings, device):
-                ids = class_ids(item)
-                planes = cam.cpu().numpy()
-                if item.id in pictured:
-                    files.write_cam(scratch / f"{item.id}.npz", planes, ids, planes.shape[1:])
-                best, height = seeds.peak(planes, ids)
-                if item.mask is not None:
-                    truth = files.read_truth(item.mask, height.shape, num_labels)
-                    sweeps[item.id] = _sweep_counts(truth, best, height, num_labels)
-                seed = seeds.cut(best, height, threshold)
-                out = labels / f"{item.id}.png"
-                yield RefineTask(item.id, item.image, seed, ids, crf, item.mask, out, num_labels)
+        def seeds_of(batch: Sequence[Item], images: Tensor) -> list[_Seed]:
+            found = []
+            for item, image, cam in zip(batch, images, make(batch, images), strict=True):
+                best, height = gpu_seeds.peak(cam, torch.from_numpy(class_ids(item)))
+                seed = gpu_seeds.cut(best, height, threshold)
+                maps = torch.stack([seed, best, gpu_seeds.levels(height, SWEEP.tolist())])
+                kept = cam if item.id in pictured else None
+                found.append(_Seed(maps, image if on_gpu else None, kept))
+            return found
 
-        for result in refine_all(tasks()):
-            journal.add({**asdict(result), "sweep": sweeps.pop(result.id, [])})
+        def launch(group: Sequence[tuple[Item, _Seed]]) -> list[Callable[[], RefineTask]]:
+            refined = _refine_on_gpu(group, crf) if on_gpu else [None] * len(group)
+            return [
+                partial(
+                    task,
+                    item,
+                    to_host(seed.maps),
+                    None if seed.cam is None else to_host(seed.cam),
+                    None if label is None else to_host(label),
+                )
+                for (item, seed), label in zip(group, refined, strict=True)
+            ]
+
+        def task(item: Item, maps: Host, cam: Host | None, label: Host | None) -> RefineTask:
+            seed, best, levels = maps()
+            ids = class_ids(item)
+            if cam is not None:
+                files.write_cam(scratch / f"{item.id}.npz", cam(), ids, seed.shape)
+            return RefineTask(
+                item.id,
+                item.image,
+                seed,
+                ids,
+                crf,
+                item.mask,
+                labels / f"{item.id}.png",
+                num_labels,
+                Sweep(best, levels, len(SWEEP)),
+                None if label is None else label(),
+            )
+
+        tasks = delivered(computed(seeds_of, missing, device), launch, group_size(device))
+        for result in refine_all(tasks, crf):
+            journal.add(asdict(result))
         lines = journal.collect(items)
     distributed.share(labels, "*.png")
     distributed.share(scratch, "*.npz")
@@ -218,7 +379,7 @@ def regenerate(
         scored=sum(item.mask is not None for item in items),
         masked_share=sum(line["masked"] for line in lines) / len(items),
         seconds=time.perf_counter() - start,
-        computed=computed,
+        computed=made,
     )
 
 
@@ -247,41 +408,110 @@ def score_seeds(
         UserError: An unreadable image or mask.
     """
     num_labels = len(config.classes) + 1
+    make = cam_maker(network, config, settings, device)
+
+    def seeds_of(batch: Sequence[Item], images: Tensor) -> list[Tensor]:
+        return [
+            gpu_seeds.cut(*gpu_seeds.peak(cam, torch.from_numpy(class_ids(item))), threshold)
+            for item, cam in zip(batch, make(batch, images), strict=True)
+        ]
+
+    def launch(group: Sequence[tuple[Item, Tensor]]) -> list[Callable[[], ScoreTask]]:
+        return [partial(task, item, to_host(seed)) for item, seed in group]
+
+    def task(item: Item, seed: Host) -> ScoreTask:
+        assert item.mask is not None
+        return ScoreTask(item.mask, seed(), num_labels)
+
     confusion = np.zeros((num_labels, num_labels), np.int64)
     scored = [item for item in items if item.mask is not None]
-    for item, cam in cams(network, config, distributed.mine(scored), settings, device):
-        seed = seeds.seed(cam.cpu().numpy(), class_ids(item), threshold)
-        if item.mask is not None:
-            truth = files.read_truth(item.mask, seed.shape, num_labels)
-            confusion += metrics.confusion_matrix(truth, seed, num_labels)
+    own = distributed.mine(scored)
+    tasks = delivered(computed(seeds_of, own, device), launch, group_size(device))
+    for counts in in_workers(score, tasks, in_threads=True):
+        confusion += counts
     return metrics.miou(distributed.sum_array(confusion))
 
 
-def _sweep_counts(
-    truth: NDArray[np.uint8],
-    best: NDArray[np.uint8],
-    height: NDArray[np.float32],
-    num_labels: int,
-) -> list[list[int]]:
-    """Non-zero counts of the (T, L, L) matrices of one image, as [flat index, pixels]."""
-    confusion = metrics.sweep_confusion(truth, best, height, SWEEP, num_labels).ravel()
-    return [[int(place), int(confusion[place])] for place in np.flatnonzero(confusion)]
+def refines_on_gpu(crf: Crf, device: torch.device) -> bool:
+    """Tell whether the dCRF is computed on the network's GPU."""
+    return device.type == "cuda" and crf.backend in ("auto", "torch")
 
 
-def refine_all(tasks: Iterable[RefineTask]) -> Iterator[RefineResult]:
-    """Run `refine_image` over a stream, as `in_workers` does."""
-    return in_workers(refine_image, tasks)
+def _refine_on_gpu(group: Sequence[tuple[Item, _Seed]], crf: Crf) -> list[Tensor]:
+    from isim.gpu.crf import refine_batch
+
+    return refine_batch(
+        [seed.image for _, seed in group if seed.image is not None],
+        [seed.maps[0] for _, seed in group],
+        [class_ids(item) for item, _ in group],
+        crf,
+    )
 
 
-def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
-    """Run a function of `workers` over a stream, `engine.worker_count()` times at once.
+def to_host(tensor: Tensor) -> Host:
+    """Start to copy a tensor to the host; what is returned waits for it and returns the array."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu().numpy
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copied.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
 
-    In as many processes, or in this one when the count is 0. Results come in the order of the
-    tasks; twice as many tasks as workers are in flight.
+    def wait() -> NDArray[Any]:
+        event.synchronize()
+        return copied.numpy()
+
+    return wait
+
+
+def group_size(device: torch.device) -> int:
+    """How many results leave a device together, for `delivered`: one the CPU, many a GPU."""
+    return 1 if device.type == "cpu" else GROUP
+
+
+def delivered(
+    stream: Iterable[A],
+    launch: Callable[[Sequence[A]], Sequence[Callable[[], B]]],
+    size: int,
+) -> Iterator[B]:
+    """Take results off a device in groups, in order.
+
+    A GPU gets the next group's work before the last group's results are waited for.
 
     Args:
-        function: Of a module that imports no torch, which every worker would load.
+        stream: Results on the device, of `computed`.
+        launch: What is still to be done with a group there: returns for each what waits for the
+            end and hands it over.
+        size: Of a group; a single result is handed over at once.
+    """
+    source = iter(stream)
+    waiting: Sequence[Callable[[], B]] = []
+    while group := list(islice(source, size)):
+        launched = launch(group)
+        if size == 1:
+            waiting, launched = launched, []
+        for finish in waiting:
+            yield finish()
+        waiting = launched
+    for finish in waiting:
+        yield finish()
+
+
+def refine_all(tasks: Iterable[RefineTask], crf: Crf) -> Iterator[RefineResult]:
+    """Run `refine_image` over a stream of tasks with the settings `crf`, as `in_workers` does."""
+    return in_workers(refine_image, tasks, cpu_crf.in_threads(crf))
+
+
+def in_workers(function: Callable[[A], B], tasks: Iterable[A], in_threads: bool) -> Iterator[B]:
+    """Run a function of `workers` over a stream, `engine.worker_count()` times at once.
+
+    Or in this thread when the count is 0. Results come in the order of the tasks; twice as many
+    tasks as workers are in flight.
+
+    Args:
+        function: For processes of a module that imports no torch, which each would load.
         tasks: What to call it with; sent to the workers.
+        in_threads: Whether it releases the GIL, so that threads do; else processes are started.
 
     Raises:
         UserError: From a task, or when a worker died.
@@ -290,22 +520,34 @@ def in_workers(function: Callable[[A], B], tasks: Iterable[A]) -> Iterator[B]:
     if workers == 0:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool: Executor
+    if in_threads:
+        pool = ThreadPoolExecutor(workers)
+    else:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        for _, result in ahead(pool, function, tasks, 2 * workers):
-            yield result
+        with cancelled_at_end(pool):
+            for _, result in ahead(pool, function, tasks, 2 * workers):
+                yield result
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process died (out of memory?); run the same command again with a "
             f"smaller ISIM_WORKERS than {workers}: finished images are kept"
         ) from error
+
+
+@contextlib.contextmanager
+def cancelled_at_end(pool: Executor) -> Iterator[Executor]:
+    """Shut a pool down at the end of the block, without what has not been started."""
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def ahead(
-    pool: ProcessPoolExecutor | ThreadPoolExecutor,
+    pool: Executor,
     function: Callable[[A], B],
     stream: Iterable[A],
     depth: int,

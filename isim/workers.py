@@ -1,4 +1,4 @@
-"""What runs in worker processes: dCRF, scoring, writing of label maps (no torch)."""
+"""What runs in worker threads or processes: dCRF, scoring, writing of label maps (no torch)."""
 
 import multiprocessing
 import os
@@ -20,11 +20,26 @@ Counts = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """What seeds at many thresholds are counted from.
+
+    `best` is (H, W) uint8, the label of the highest CAM, `levels` (H, W) uint8 how many of the
+    `thresholds` it rises above.
+    """
+
+    best: NDArray[np.uint8]
+    levels: NDArray[np.uint8]
+    thresholds: int
+
+
+@dataclass(frozen=True)
 class RefineTask:
     """One image's seed on its way to a pseudo-label.
 
     `seed` is (H, W) uint8, `class_ids` (K',) int64 labels 1..K, `mask` the ground truth if
-    there is one, `out` the pseudo-label's path (None: score only), `num_labels` L.
+    there is one, `out` the pseudo-label's path (None: score only), `num_labels` L, `sweep` is
+    given where other thresholds are to be scored, too, `label` (H, W) uint8 where the dCRF has
+    been computed.
     """
 
     id: str
@@ -35,19 +50,32 @@ class RefineTask:
     mask: Path | None
     out: Path | None
     num_labels: int
+    sweep: Sweep | None = None
+    label: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
 class RefineResult:
     """Scores of one image; counts are (row, column, pixels) of its confusion matrices.
 
-    `masked` says that the pseudo-label holds no foreground pixel (paper Eq. 3).
+    `masked` says that the pseudo-label holds no foreground pixel (paper Eq. 3). `sweep` are
+    (flat index, pixels) of the (T, L, L) matrices at the thresholds of a sweep.
     """
 
     id: str
     seed_counts: Counts
     label_counts: Counts
     masked: bool
+    sweep: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """A label map (H, W) uint8 and its ground truth; `num_labels` L."""
+
+    mask: Path
+    label: NDArray[np.uint8]
+    num_labels: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +86,8 @@ class PredictionTask:
     `num_labels` L. For the dCRF (`settings`, `refined` the path of what it makes of the image;
     both None without one) `probabilities` are (L, H, W) float16: they travel to another process
     in half the bytes of float32, and the rounding moves an energy of the dCRF, -log p with p at
-    least 1e-5, by less than 0.004.
+    least 1e-5, by less than 0.004. `refined_label` (H, W) uint8 is given instead where the dCRF
+    has been computed.
     """
 
     id: str
@@ -70,6 +99,7 @@ class PredictionTask:
     out: Path
     refined: Path | None
     num_labels: int
+    refined_label: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,18 +133,40 @@ def refine_image(task: RefineTask) -> RefineResult:
     Raises:
         UserError: The image cannot be read or the label cannot be written.
     """
-    image = files.read_image(task.image)
-    label = crf.refine(image, task.seed, task.class_ids, task.settings)
+    label = task.label
+    if label is None:
+        image = files.read_image(task.image)
+        label = crf.refine(image, task.seed, task.class_ids, task.settings)
     seed_counts: Counts = []
     label_counts: Counts = []
+    swept: list[tuple[int, int]] = []
     if task.mask is not None:
         truth = files.read_truth(task.mask, task.seed.shape, task.num_labels)
+        if task.sweep is not None:
+            found = metrics.level_confusion(
+                truth,
+                task.sweep.best,
+                task.sweep.levels,
+                task.sweep.thresholds,
+                task.num_labels,
+            ).ravel()
+            swept = [(int(place), int(found[place])) for place in np.flatnonzero(found)]
         seed_counts = sparse(metrics.confusion_matrix(truth, task.seed, task.num_labels))
         label_counts = sparse(metrics.confusion_matrix(truth, label, task.num_labels))
     # Written last: a PNG that is there has been scored.
     if task.out is not None:
         files.write_label_map(task.out, label)
-    return RefineResult(task.id, seed_counts, label_counts, not label.any())
+    return RefineResult(task.id, seed_counts, label_counts, not label.any(), swept)
+
+
+def score(task: ScoreTask) -> NDArray[np.int64]:
+    """Confusion matrix (L, L) of a label map.
+
+    Raises:
+        UserError: The ground truth cannot be read or does not fit.
+    """
+    truth = files.read_truth(task.mask, task.label.shape, task.num_labels)
+    return metrics.confusion_matrix(truth, task.label, task.num_labels)
 
 
 def finish_prediction(task: PredictionTask) -> PredictionResult:
@@ -124,7 +176,9 @@ def finish_prediction(task: PredictionTask) -> PredictionResult:
         UserError: The image cannot be read or a label map cannot be written.
     """
     labels = [(task.out, task.prediction)]
-    if task.settings is not None and task.refined is not None and task.probabilities is not None:
+    if task.refined is not None and task.refined_label is not None:
+        labels.append((task.refined, task.refined_label))
+    elif task.settings is not None and task.refined is not None and task.probabilities is not None:
         image = files.read_image(task.image)
         probabilities = task.probabilities.astype(np.float32)
         labels.append((task.refined, crf.refine_soft(image, probabilities, task.settings)))

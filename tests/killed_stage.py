@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from isim import engine, params, segmenter_training, tracking, training
+from isim import engine, params, regeneration, segmenter_training, tracking, training
 from isim.data import files
-from isim.labels import seeds
 from isim.stages import export_cams, random_walk, train_affinity, train_cam, train_segmenter
 
 STAGES = {
@@ -84,7 +83,7 @@ MOMENTS = {
     "before a step of the optimizer": lambda: before(torch.optim.SGD, "step"),
     "after a state was saved": lambda: after(engine, "save_state"),
     "after a label map": lambda: after(files, "write_label_map"),
-    "before an image is scored": lambda: before(seeds, "seed"),
+    "before an image is scored": lambda: before(regeneration, "score"),
     "when a measurement is renamed": lambda: before(
         Path, "replace", lambda _, to: to.name.startswith("measured_")
     ),

@@ -4,12 +4,16 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from PIL import Image
 
-from isim import engine, metrics
+from isim import engine, metrics, regeneration
 from isim.data.dataset import Item, load_prepared
 from isim.data.files import read_cam, read_image, read_label_map
 from isim.errors import UserError
@@ -21,6 +25,7 @@ from isim.regeneration import (
     ahead,
     cams,
     class_ids,
+    delivered,
     refine_all,
     regenerate,
     score_seeds,
@@ -29,6 +34,8 @@ from isim.workers import RefineTask, dense, sparse
 
 CPU = torch.device("cpu")
 SETTINGS = CamSettings((1.0, 0.5), True, "fp32")
+# Holds the GIL, so that processes help.
+REFERENCE = TINY.train_cam.crf.model_copy(update={"backend": "pydensecrf"})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def one_thread(monkeypatch):
         yield
 
 
-def make(model, items, folder, tiny, pictured=()):
+def make(model, items, folder, tiny, pictured=(), device=CPU, **crf):
     return regenerate(
         *model,
         items,
@@ -70,9 +77,9 @@ def make(model, items, folder, tiny, pictured=()):
         folder / "scratch",
         SETTINGS,
         0.3,
-        tiny.train_cam.crf,
+        tiny.train_cam.crf.model_copy(update=crf),
         pictured,
-        CPU,
+        device,
     )
 
 
@@ -139,10 +146,19 @@ def test_cams_of_the_pictured_images_are_kept_at_full_size(reference, items):
     assert (ids == class_ids(items[3])).all()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_helpers_change_nothing(workers, reference, model, items, tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("in_threads", [True, False])
+def test_helpers_change_nothing(
+    workers, in_threads, reference, model, items, tmp_path, tiny, monkeypatch
+):
+    """Threads take whole images, with processes for a dCRF that holds the GIL."""
     monkeypatch.setenv("ISIM_WORKERS", str(workers))
+    torch.set_num_threads(2)
+    # The same backend: only where it runs differs.
+    choice = SimpleNamespace(in_threads=lambda _: in_threads)
+    monkeypatch.setattr("isim.regeneration.cpu_crf", choice)
     scores = make(model, items, tmp_path, tiny, {items[3].id})
+    assert torch.get_num_threads() == 2
     assert same_scores(scores, reference[1])
     assert contents(tmp_path / "labels") == contents(reference[0] / "labels")
 
@@ -161,7 +177,9 @@ def test_only_what_is_missing_is_computed(reference, model, items, tmp_path, tin
     network = model[0]
     original = network.cam
     monkeypatch.setattr(network, "cam", lambda *a: computed.append(1) or original(*a))
-    scores = make(model, items, tmp_path, tiny, {items[3].id})
+    with monkeypatch.context() as patch:
+        patch.setattr("isim.models.folding.for_inference", lambda network, *_: network)
+        scores = make(model, items, tmp_path, tiny, {items[3].id})
     assert scores.computed == 3 and len(computed) == 3 * len(SETTINGS.scales)
     assert same_scores(scores, reference[1])
     assert contents(tmp_path / "labels") == contents(reference[0] / "labels")
@@ -249,13 +267,13 @@ def test_tasks_in_flight_are_bounded_and_errors_and_deaths_are_one_line(items, t
     broken = task_of(items[0], tiny, image=items[0].image.with_name("gone.jpg"))
     finished = []
     with pytest.raises(UserError, match=r"gone\.jpg does not exist") as caught:
-        for result in refine_all(tasks(broken)):
+        for result in refine_all(tasks(broken), REFERENCE):
             finished.append(result.id)
             assert made <= len(finished) + 2
     assert finished == [item.id for item in items[:12]], "in order, and none is lost"
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="worker process died.*ISIM_WORKERS than 1") as caught:
-        list(refine_all([task_of(items[0], tiny), Deadly()]))
+        list(refine_all([task_of(items[0], tiny), Deadly()], REFERENCE))
     assert "\n" not in str(caught.value)
 
 
@@ -267,7 +285,7 @@ def test_an_error_of_the_stream_ends_the_helpers(items, tiny, monkeypatch):
         raise UserError("the stream broke")
 
     with pytest.raises(UserError, match="the stream broke"):
-        list(refine_all(tasks()))
+        list(refine_all(tasks(), REFERENCE))
     # concurrent.futures keeps a thread a pool; none is left.
     assert not [t for t in threading.enumerate() if "ExecutorManager" in type(t).__name__]
 
@@ -278,3 +296,86 @@ def test_counts_of_a_journal_line_come_back():
     assert len(counts) == (confusion > 0).sum()
     assert all(type(value) is int for entry in counts for value in entry), "JSON knows no int64"
     assert (dense(counts, 6) == confusion).all()
+
+
+def test_a_gpu_gets_batches_of_one_size_and_bounded_pixels(tmp_path, monkeypatch):
+    """On CPU tensors: what a GPU would be given, in order, decoded a little ahead."""
+    sizes = [(20, 30)] * 5 + [(30, 20)] * 3 + [(10, 10)]
+    chosen = []
+    for number, (height, width) in enumerate(sizes):
+        pixels = np.full((height, width, 3), number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        chosen.append(Item(str(number), tmp_path / f"{number}.png", None, None))
+    read = []
+    monkeypatch.setattr("isim.data.files.read_image", lambda p: read.append(p) or read_image(p))
+    monkeypatch.setattr(regeneration, "DECODED_AHEAD", 2)
+    monkeypatch.setattr(regeneration, "FILLING_PIXELS", 2 * 20 * 30)
+    batches = []
+
+    def means(batch, images):
+        assert len(read) <= sum(len(images) for images in batches) + len(batch) + 2 + 1
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert (images.shape[0] * images.shape[2] * images.shape[3]) <= 1200
+        batches.append(images)
+        return [int(image.float().mean()) for image in images]
+
+    found = list(regeneration._computed_in_batches(means, chosen, CPU))
+    assert [(item.id, value) for item, value in found] == [(str(n), n) for n in range(9)]
+    assert [len(images) for images in batches] == [2, 2, 1, 2, 1, 1]
+    assert {images.shape[1:] for images in batches} == {(3, *size) for size in sizes}
+
+
+def test_results_leave_a_gpu_in_order_a_group_behind():
+    """The next group's work is launched before the last one's results are waited for."""
+    assert regeneration.group_size(CPU) == 1 < regeneration.group_size(torch.device("cuda"))
+    done = []
+
+    def launch(group):
+        done.append(("launched", tuple(group)))
+        return [partial(finish, value) for value in group]
+
+    def finish(value):
+        done.append(("finished", value))
+        return value
+
+    assert list(delivered(range(5), launch, 3)) == [0, 1, 2, 3, 4]
+    assert done[:3] == [("launched", (0, 1, 2)), ("launched", (3, 4)), ("finished", 0)]
+    done.clear()
+    assert list(delivered(range(2), launch, 1)) == [0, 1]
+    assert done[:2] == [("launched", (0,)), ("finished", 0)], "nothing waits for a group of one"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_gpu_s_batches_make_the_same_labels(
+    workers, reference, model, items, tmp_path, tiny, monkeypatch
+):
+    """The path of a GPU on CPU tensors, its dCRF played by that of the CPU."""
+    monkeypatch.setenv("ISIM_WORKERS", str(workers))
+    groups = []
+
+    def refine_batch(images, seeds_, ids, settings):
+        groups.append(len(images))
+        return [
+            torch.from_numpy(
+                crf.refine(np.ascontiguousarray(i.permute(1, 2, 0)), s.numpy(), k, settings)
+            )
+            for i, s, k in zip(images, seeds_, ids, strict=True)
+        ]
+
+    monkeypatch.setattr("isim.gpu.crf.refine_batch", refine_batch)
+    monkeypatch.setattr(regeneration, "refines_on_gpu", lambda *_: True)
+    monkeypatch.setattr(regeneration, "group_size", lambda _: 5)
+    monkeypatch.setattr(regeneration, "computed", lambda *a: regeneration._computed_in_batches(*a))
+    monkeypatch.setattr("isim.workers.crf", None)
+    scores = make(model, items, tmp_path, tiny, {items[3].id})
+    assert groups == [5, 5, 5, 1]
+    assert same_scores(scores, reference[1])
+    assert contents(tmp_path / "labels") == contents(reference[0] / "labels")
+
+
+def test_the_gpu_s_share_of_memory_bounds_a_batch(monkeypatch):
+    assert regeneration.batch_pixels(CPU) == regeneration.FILLING_PIXELS
+    for memory, expected in ((8e9, 488_281), (141e9, regeneration.FILLING_PIXELS)):
+        properties = SimpleNamespace(total_memory=int(memory))
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, p=properties: p)
+        assert regeneration.batch_pixels(torch.device("cuda")) == expected

@@ -19,7 +19,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.float() / 255 - mean_) / std_
 
 
-@torch.inference_mode()
 def multi_scale_cam(
     network: CamNetwork,
     config: CamConfig,
@@ -28,38 +27,56 @@ def multi_scale_cam(
     scales: Sequence[float],
     flip: bool,
 ) -> Tensor:
-    """CAMs of the labelled classes, each divided by its maximum.
+    """`multi_scale_cams` of one image: (3, H, W) and (K',) to (K', H, W)."""
+    return multi_scale_cams(network, config, image[None], [class_ids], scales, flip)[0]
 
-    For each scale: the unpadded image and its mirror image in one batch, ReLU of the 1x1
+
+@torch.inference_mode()
+def multi_scale_cams(
+    network: CamNetwork,
+    config: CamConfig,
+    images: Tensor,
+    class_ids: Sequence[Tensor],
+    scales: Sequence[float],
+    flip: bool,
+) -> list[Tensor]:
+    """CAMs of the labelled classes of images of one size, each divided by its maximum.
+
+    For each scale: the unpadded images and their mirror images in one batch, ReLU of the 1x1
     convolution's map, the mirrored map added, bilinear upsampling to the image's size. The
-    scales are summed.
+    scales are summed. Planes of full size are made of the labelled classes alone.
 
     Args:
         network: In evaluation mode.
         config: Gives the normalisation.
-        image: (3, H, W) uint8 RGB on the network's device.
-        class_ids: (K',) int64 labels 1..K; may be empty.
-        scales: Factors of the image's size.
-        flip: Add the mirror image.
+        images: (B, 3, H, W) uint8 RGB on the network's device.
+        class_ids: (K'_i,) int64 labels 1..K of each image; may be empty.
+        scales: Factors of the images' size.
+        flip: Add the mirror images.
 
     Returns:
-        (K', H, W) float32 in [0, 1].
+        (K'_i, H, W) float32 in [0, 1] for each image.
     """
-    height, width = image.shape[-2:]
-    total = torch.zeros(len(class_ids), height, width, device=image.device)
-    if len(class_ids) == 0:
-        return total
+    count, _, height, width = images.shape
+    numbers = [len(ids) for ids in class_ids]
+    present, columns = torch.cat(list(class_ids)).cpu().unique(return_inverse=True)
+    total = torch.zeros(len(columns), height, width, device=images.device)  # all images' planes
+    if len(columns) == 0:
+        return list(total.split(numbers))
+    rows = torch.arange(count).repeat_interleave(torch.tensor(numbers))
+    present, rows, columns = (index.to(images.device) for index in (present, rows, columns))
     for scale in scales:
         # A very small image must still cover one pixel of the encoder's map.
         size = [max(32, round(height * scale)), max(32, round(width * scale))]
-        scaled = TF.resize(image, size, antialias=True)
-        views = torch.stack([scaled, scaled.flip(-1)] if flip else [scaled])
-        views = normalize(views, config.mean, config.std)
+        views = normalize(TF.resize(images, size, antialias=True), config.mean, config.std)
+        views = torch.cat([views, views.flip(-1)]) if flip else views
         views = views.contiguous(memory_format=torch.channels_last)
-        maps = network.cam(views, class_ids).relu()  # (1 or 2, K', h, w)
-        summed = maps[:1] + maps[1:].flip(-1) if flip else maps
-        total += F.interpolate(summed, (height, width), mode="bilinear", align_corners=False)[0]
-    return total / (total.amax((1, 2), keepdim=True) + 1e-5)
+        maps = network.cam(views, present).relu()  # (B or 2 B, present, h, w)
+        summed = maps[:count] + maps[count:].flip(-1) if flip else maps
+        planes = summed[rows, columns][None]  # (1, sum of K'_i, h, w)
+        total += F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)[0]
+    total /= total.amax((1, 2), keepdim=True) + 1e-5
+    return list(total.split(numbers))
 
 
 def upsample(
@@ -138,9 +155,8 @@ def multi_scale_probabilities(
     total = torch.zeros(len(config.classes) + 1, height, width, device=image.device)
     for scale in scales:
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        scaled = TF.resize(image, size, antialias=True)
-        views = torch.stack([scaled, scaled.flip(-1)] if flip else [scaled])
-        views = normalize(views, config.mean, config.std)
+        views = normalize(TF.resize(image[None], size, antialias=True), config.mean, config.std)
+        views = torch.cat([views, views.flip(-1)]) if flip else views
         views = views.contiguous(memory_format=torch.channels_last)
         for mirrored, logits in enumerate(network(views)):  # (L, h, w)
             # One at a time: at full size a view's planes are larger than all else.

@@ -204,7 +204,9 @@ def _score_cams(
             )
 
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
-    progress = tqdm(refine_all(tasks()), folder.name, len(own), leave=False, disable=None)
+    progress = tqdm(
+        refine_all(tasks(), params.crf), folder.name, len(own), leave=False, disable=None
+    )
     for result in progress:
         splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return _over_processes(totals), _over_processes(refined)

@@ -1,23 +1,37 @@
 """Write the CAMs of the final checkpoint at a stride (spec 4), for `evaluate` and affinity."""
 
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from isim import atomic, distributed, engine, metrics, tracking
 from isim.data import files
-from isim.data.dataset import load_prepared
+from isim.data.dataset import Item, load_prepared
+from isim.gpu import seeds
 from isim.journal import Journal
-from isim.labels import seeds
 from isim.models import cam
 from isim.params import ExportCams, digest, home, resolve_path
-from isim.regeneration import CamSettings, cams, class_ids
-from isim.workers import dense, sparse
+from isim.regeneration import (
+    CamSettings,
+    Host,
+    cam_maker,
+    class_ids,
+    computed,
+    delivered,
+    group_size,
+    in_workers,
+    to_host,
+)
+from isim.workers import ScoreTask, dense, score, sparse
 
 
 def run(params: ExportCams, root: Path) -> None:
@@ -62,25 +76,19 @@ def run(params: ExportCams, root: Path) -> None:
             start = time.perf_counter()
             with Journal(resume / f"{split}.jsonl") as journal:
                 journal.keep(path.stem for path in folder.glob("*.npz"))
-                missing, computed = journal.share_out(items)
-                stream = cams(network, config, missing, settings, device)
-                for item, full in tqdm(stream, split, len(missing), leave=False, disable=None):
-                    ids, size = class_ids(item), (full.shape[1], full.shape[2])
-                    small = _shrink(full, params.stride)
-                    line = {"id": item.id, "full": [], "stored": []}
-                    if item.mask is not None:
-                        truth = files.read_truth(item.mask, size, num_labels)
-                        for name, planes in (("full", full), ("stored", _grow(small, size))):
-                            seed = seeds.seed(planes.cpu().numpy(), ids, params.threshold)
-                            line[name] = sparse(metrics.confusion_matrix(truth, seed, num_labels))
-                    files.write_cam(folder / f"{item.id}.npz", small.cpu().numpy(), ids, size)
+                missing, made = journal.share_out(items)
+                make = partial(_exported, cam_maker(network, config, settings, device), params)
+                write = partial(_write, folder, num_labels)
+                tasks = delivered(computed(make, missing, device), _launch, group_size(device))
+                results = in_workers(write, tasks, in_threads=True)
+                for line in tqdm(results, split, len(missing), leave=False, disable=None):
                     journal.add(line)
                 lines = journal.collect(items)
             distributed.share(folder, "*.npz")
             seconds = time.perf_counter() - start
             report[split] = {
                 "images": len(items),
-                "images_per_second": computed / seconds,
+                "images_per_second": made / seconds,
                 "megabytes": sum(p.stat().st_size for p in folder.glob("*.npz")) / 1e6,
             }
             if any(item.mask for item in items):
@@ -107,6 +115,60 @@ def run(params: ExportCams, root: Path) -> None:
     engine.remove_resume_folder(resume)
 
 
+class _Exported(NamedTuple):
+    """An image's CAMs (K', h, w) at the stride, and (2, H, W) uint8 seeds: of full size, stored."""
+
+    planes: Tensor
+    seeds: Tensor
+
+
+class _Task(NamedTuple):
+    """`_Exported` on the host."""
+
+    item: Item
+    planes: NDArray[np.float32]
+    seeds: NDArray[np.uint8]
+
+
+def _exported(
+    make: Callable[[Sequence[Item], Tensor], list[Tensor]],
+    params: ExportCams,
+    batch: Sequence[Item],
+    images: Tensor,
+) -> list[_Exported]:
+    found = []
+    for item, full in zip(batch, make(batch, images), strict=True):
+        ids = torch.from_numpy(class_ids(item))
+        small = _shrink(full, params.stride)
+        both = [
+            seeds.cut(*seeds.peak(planes, ids), params.threshold)
+            for planes in (full, _grow(small, full.shape[1:]))
+        ]
+        found.append(_Exported(small, torch.stack(both)))
+    return found
+
+
+def _launch(group: Sequence[tuple[Item, _Exported]]) -> list[Callable[[], _Task]]:
+    def task(item: Item, planes: Host, both: Host) -> _Task:
+        return _Task(item, planes(), both())
+
+    return [
+        partial(task, item, to_host(found.planes), to_host(found.seeds)) for item, found in group
+    ]
+
+
+def _write(folder: Path, num_labels: int, task: _Task) -> dict[str, Any]:
+    """Score both seeds, then write the CAMs; returns the journal's line."""
+    item = task.item
+    line: dict[str, Any] = {"id": item.id, "full": [], "stored": []}
+    size = (task.seeds.shape[1], task.seeds.shape[2])
+    if item.mask is not None:
+        for name, seed in zip(("full", "stored"), task.seeds, strict=True):
+            line[name] = sparse(score(ScoreTask(item.mask, seed, num_labels)))
+    files.write_cam(folder / f"{item.id}.npz", task.planes, class_ids(item), size)
+    return line
+
+
 def _shrink(planes: Tensor, stride: int) -> Tensor:
     """(K', H, W) to (K', ceil(H / stride), ceil(W / stride)), each pixel the mean of its area."""
     size = [-(-side // stride) for side in planes.shape[1:]]
@@ -115,7 +177,7 @@ def _shrink(planes: Tensor, stride: int) -> Tensor:
     return F.interpolate(planes[None], size, mode="area")[0]
 
 
-def _grow(planes: Tensor, size: tuple[int, int]) -> Tensor:
+def _grow(planes: Tensor, size: Sequence[int]) -> Tensor:
     """Undo `_shrink` as `evaluate` does, through the stored float16."""
     if 0 in planes.shape:
         return planes.new_zeros(0, *size)

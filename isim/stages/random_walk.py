@@ -1,31 +1,32 @@
 """Walk the CAMs along AffinityNet's affinities: the final pseudo-labels (paper 4.1.6; spec 6).
 
-The network computes the next affinities while worker processes walk along the last ones; a GPU
-walks, too, and leaves the rest to the workers.
+The network computes the next affinities while helpers walk along the last ones; a GPU walks,
+too, and leaves the rest to the helpers.
 Resume rule: a journal is kept of finished images; the same command goes on with the others.
 """
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from isim import atomic, distributed, engine, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.journal import Journal
-from isim.models import affinity
+from isim.labels import crf
+from isim.models import affinity, folding
 from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.params import RandomWalk, digest, home, resolve_path
-from isim.regeneration import class_ids, images, in_workers
+from isim.regeneration import Host, class_ids, computed, delivered, group_size, in_workers, to_host
 from isim.splits import Confusions, Parts
 from isim.walk_workers import WalkTask, planes_to_walk, walk_image
 from isim.workers import dense
@@ -79,7 +80,7 @@ def run(params: RandomWalk, root: Path) -> None:
         for split, parts in splits.parts(chosen, splits.members(prepared.splits)).items():
             items = chosen[split]
             start = time.perf_counter()
-            computed, confusions = _walk_split(
+            made, confusions = _walk_split(
                 items,
                 resume,
                 split,
@@ -94,7 +95,7 @@ def run(params: RandomWalk, root: Path) -> None:
             )
             seconds = time.perf_counter() - start
             # Of the pass, hence not of a part of it.
-            speed = {"seconds": seconds, "images_per_second": computed / seconds}
+            speed = {"seconds": seconds, "images_per_second": made / seconds}
             for part, ids in parts.items():
                 figures = {"images": len(ids), **(speed if part == split else {})}
                 for name, totals in confusions.items():
@@ -155,67 +156,83 @@ def _walk_split(
     with Journal(resume / f"{split}.jsonl") as journal:
         for folder in folders.values():
             journal.keep(path.stem for path in folder.glob("*.png"))
-        missing, computed = journal.share_out(items)
+        missing, made = journal.share_out(items)
 
-        def tasks() -> Iterator[tuple[WalkTask, torch.Tensor]]:
-            for item, pixels in images(missing, device):
-                with engine.autocast(precision, device):
-                    affinities = affinity.of_image(network, config, pixels)  # (P, h, w)
-                paths = [folder / f"{item.id}.png" for folder in folders.values()]
-                task = WalkTask(
-                    item.id,
-                    item.image,
-                    cams / split / f"{item.id}.npz",
-                    class_ids(item),
-                    None,
-                    None,
-                    config.radius,
-                    params,
-                    item.mask,
-                    paths[0],
-                    paths[1] if params.crf_after else None,
-                    num_labels,
-                )
-                yield task, affinities
+        prepared = folding.for_inference(
+            network, lambda net, images: net(images), device, engine.DTYPES[precision]
+        )
 
-        results = in_workers(walk_image, _with_walks(tasks(), device))
+        def affinities(_: Sequence[Item], images: Tensor) -> list[Tensor]:
+            with engine.autocast(precision, device):
+                return [affinity.of_image(prepared, config, image) for image in images]
+
+        def launch(group: Sequence[tuple[Item, Tensor]]) -> list[Callable[[], WalkTask]]:
+            return _launch([(task(item), found) for item, found in group], device)
+
+        def task(item: Item) -> WalkTask:
+            paths = [folder / f"{item.id}.png" for folder in folders.values()]
+            return WalkTask(
+                item.id,
+                item.image,
+                cams / split / f"{item.id}.npz",
+                class_ids(item),
+                None,
+                None,
+                config.radius,
+                params,
+                item.mask,
+                paths[0],
+                paths[1] if params.crf_after else None,
+                num_labels,
+            )
+
+        size = TOGETHER if device.type in WALKING else group_size(device)
+        tasks = delivered(computed(affinities, missing, device), launch, size)
+        in_threads = not params.crf_after or crf.in_threads(params.crf)
+        results = in_workers(walk_image, tasks, in_threads)
         for result in tqdm(results, split, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
         lines = journal.collect(items)
     for folder in folders.values():
         distributed.share(folder, "*.png")
-    size = (num_labels, num_labels)
-    confusions = {name: {part: np.zeros(size, np.int64) for part in parts} for name in folders}
+    shape = (num_labels, num_labels)
+    confusions = {name: {part: np.zeros(shape, np.int64) for part in parts} for name in folders}
     for line in lines:
         for name, totals in confusions.items():
             counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
             splits.add(totals, parts, line["id"], dense(counts, num_labels))
-    return computed, confusions
+    return made, confusions
 
 
-def _with_walks(
-    tasks: Iterable[tuple[WalkTask, torch.Tensor]], device: torch.device
-) -> Iterator[WalkTask]:
+def _launch(
+    group: Sequence[tuple[WalkTask, Tensor]], device: torch.device
+) -> list[Callable[[], WalkTask]]:
     """Add what workers walk along, or where a GPU has walked."""
     if device.type not in WALKING:
-        for task, affinities in tasks:
-            yield replace(task, affinity=affinities.cpu().numpy())
-        return
+        return [partial(_with_affinity, task, to_host(found)) for task, found in group]
     from isim.gpu.random_walk import walk_batch
 
-    stream = iter(tasks)
-    while some := list(islice(stream, TOGETHER)):
-        planes = [planes_to_walk(task, (near.shape[1], near.shape[2])) for task, near in some]
-        settings = some[0][0].settings
-        walked = walk_batch(
-            [torch.from_numpy(cam).to(device) for cam, _ in planes],
-            [near for _, near in some],
-            some[0][0].radius,
-            settings.beta,
-            settings.steps_log2,
-        )
-        for (task, _), (_, size), found in zip(some, planes, walked, strict=True):
-            yield replace(task, walked=(found.cpu().numpy(), size))
+    planes = [planes_to_walk(task, (near.shape[1], near.shape[2])) for task, near in group]
+    settings = group[0][0].settings
+    walked = walk_batch(
+        [torch.from_numpy(cam).to(device) for cam, _ in planes],
+        [near for _, near in group],
+        group[0][0].radius,
+        settings.beta,
+        settings.steps_log2,
+    )
+    return [
+        partial(_with_walk, task, to_host(found), size)
+        for (task, _), (_, size), found in zip(group, planes, walked, strict=True)
+    ]
+
+
+def _with_affinity(task: WalkTask, found: Host) -> WalkTask:
+    return replace(task, affinity=found())
+
+
+def _with_walk(task: WalkTask, found: Host, size: tuple[int, int]) -> WalkTask:
+    return replace(task, walked=(found(), size))
 
 
 def _folders(labels: Path, split: str, params: RandomWalk) -> dict[str, Path]:

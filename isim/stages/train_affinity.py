@@ -23,6 +23,7 @@ from isim.data import files
 from isim.data.dataset import CropDataset, Item, load_prepared
 from isim.errors import UserError, renamed
 from isim.journal import Journal
+from isim.labels import crf
 from isim.labels.affinity_pairs import reduce_label
 from isim.meter import Meter
 from isim.models import affinity, cam, norm
@@ -226,7 +227,7 @@ def _make_labels(
                     num_labels,
                 )
 
-        results = in_workers(make_label, tasks())
+        results = in_workers(make_label, tasks(), crf.in_threads(params.crf))
         for result in tqdm(results, "labels", len(missing), leave=False, disable=None):
             journal.add(asdict(result))
         lines = journal.collect(items)

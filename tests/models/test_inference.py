@@ -9,7 +9,13 @@ from torchvision.transforms.v2 import functional as TF
 
 from isim import engine
 from isim.models import cam, segmenter
-from isim.models.inference import multi_scale_cam, multi_scale_probabilities, normalize, upsample
+from isim.models.inference import (
+    multi_scale_cam,
+    multi_scale_cams,
+    multi_scale_probabilities,
+    normalize,
+    upsample,
+)
 
 SCALES = (1.0, 0.5, 1.5, 2.0)
 CONFIG = cam.CamConfig(
@@ -119,6 +125,17 @@ def test_a_class_that_is_seen_nowhere_stays_zero(network):
     silent.classifier.weight.data.zero_()
     found = multi_scale_cam(silent, CONFIG, picture(), torch.tensor([1]), SCALES, True)
     assert not found.any()
+
+
+def test_images_of_one_size_share_a_batch(network):
+    """Each with its own classes, some without any."""
+    pictures = torch.stack([picture(), picture().flip(-1), picture().flip(-2)])
+    ids = [torch.tensor([3, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
+    together = multi_scale_cams(network, CONFIG, pictures, ids, SCALES, True)
+    assert [len(planes) for planes in together] == [2, 0, 1]
+    for image, own, found in zip(pictures, ids, together, strict=True):
+        alone = multi_scale_cam(network, CONFIG, image, own, SCALES, True)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (33, 2)])

@@ -1,0 +1,159 @@
+"""Folded networks compute what the networks do."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from isim import engine
+from isim.models import cam
+from isim.models.folding import FusedConv, for_inference
+
+CPU = torch.device("cpu")
+
+
+def randomise(network):
+    """Statistics, weights and biases that matter."""
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return network.eval()
+
+
+def images(count=2):
+    found = torch.randn(count, 3, 61, 83, generator=torch.Generator().manual_seed(3))
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def kinds(network):
+    return [type(module) for module in network.modules()]
+
+
+def norms(network):
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+def build(encoder):
+    config = cam.CamConfig(
+        "cam", encoder, 16, "batch", (), 16, tuple("abc"), (0.5,) * 3, (0.2,) * 3
+    )
+    torch.manual_seed(0)
+    network = randomise(cam.build(config))
+    nn.init.normal_(network.classifier.weight)
+    return network
+
+
+def every(network, pixels):
+    return network.cam(pixels, torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("encoder", ["resnet10t", "mobilenetv2_100", "efficientnet_b0"])
+def test_every_normalisation_of_an_encoder_is_folded(encoder):
+    network = build(encoder)
+    engine.place(network, CPU)
+    before = copy.deepcopy(network.state_dict())
+    folded = for_inference(network, every, CPU, torch.float32)
+    assert norms(network) > 10 and norms(folded) == 0
+    with torch.inference_mode():
+        expected, found = every(network, images()), every(folded, images())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_reduced_precision_is_no_less_exact_than_autocast():
+    network = build("resnet10t")
+    folded = for_inference(network, every, CPU, torch.bfloat16)
+    convolutions = [m for m in folded.encoder.modules() if isinstance(m, (nn.Conv2d, FusedConv))]
+    assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
+    assert folded.classifier.weight.dtype == torch.float32, "it runs in full precision"
+    with torch.inference_mode():
+        exact = every(network, images())
+        with engine.autocast("bf16", CPU):
+            plain, found = every(network, images()), every(folded, images())
+    assert found.dtype == torch.float32
+    error = (found - exact).abs().mean()
+    assert 0 < error < 1.2 * (plain - exact).abs().mean()
+
+
+class Chain(nn.Module):
+    """A convolution, what follows it, and how its result is used."""
+
+    def __init__(self, norm, activation=None, shortcut=False, twice=False):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, dilation=1, bias=True)
+        self.norm = norm
+        self.activation = activation or nn.Identity()
+        self.last = nn.Conv2d(4, 4, 1)
+        self.shortcut, self.twice = shortcut, twice
+
+    def forward(self, pixels):
+        made = self.first(pixels)
+        normalised = self.norm(made)
+        if self.shortcut:
+            normalised += pixels[:, :1]
+        result = self.last(self.activation(normalised))
+        return result + made if self.twice else result
+
+
+def fold(chain):
+    chain = randomise(chain)
+    folded = for_inference(chain, lambda net, pixels: net(pixels), CPU, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images()), chain(images()), rtol=1e-4, atol=1e-4)
+    return folded
+
+
+@pytest.mark.parametrize(
+    ("activation", "fused"),
+    [(nn.ReLU(True), True), (nn.ReLU6(), True), (nn.SiLU(True), True), (nn.ELU(), False)],
+)
+def test_activations_are_computed_with_the_convolution_where_that_can_be(activation, fused):
+    folded = fold(Chain(nn.BatchNorm2d(4), activation))
+    assert isinstance(folded.first, FusedConv)
+    assert (type(folded.activation) is nn.Identity) == fused
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU, nn.ReLU6, nn.ELU])
+def test_an_activation_inside_the_normalisation_is_kept(inner):
+    for outer in (None, nn.Sigmoid(), nn.ReLU6()):
+        folded = fold(Chain(BatchNormAct2d(4, act_layer=inner), outer))
+        assert norms(folded) == 0
+
+
+def test_an_activation_after_a_sum_in_place_stays_where_it_is():
+    folded = fold(Chain(nn.BatchNorm2d(4), nn.ReLU(), shortcut=True))
+    assert norms(folded) == 0 and type(folded.activation) is nn.ReLU
+
+
+def test_a_network_whose_convolution_is_used_otherwise_is_left_alone():
+    folded = fold(Chain(nn.BatchNorm2d(4), nn.ReLU(), twice=True))
+    assert norms(folded) == 1 and FusedConv not in kinds(folded)
+
+
+@pytest.mark.parametrize("change", [{"padding_mode": "reflect"}, {"padding": "same"}])
+def test_other_paddings_keep_torch_s_convolution(change):
+    chain = Chain(nn.BatchNorm2d(4), nn.ReLU())
+    chain.first = nn.Conv2d(3, 4, 3, **({"padding": 1} | change))
+    folded = fold(chain)
+    assert norms(folded) == 0 and type(folded.first) is nn.Conv2d
+
+
+def test_modules_that_run_twice_are_left_alone():
+    class Twice(Chain):
+        def forward(self, pixels):
+            return super().forward(pixels) + self.norm(self.first(pixels + 1))
+
+    assert norms(fold(Twice(nn.BatchNorm2d(4), nn.ReLU()))) == 1
+
+
+def test_a_network_that_makes_no_numbers_is_left_alone():
+    chain = randomise(Chain(nn.BatchNorm2d(4)))
+    chain.last.weight.data.fill_(float("nan"))
+    folded = for_inference(chain, lambda net, pixels: net(pixels), CPU, torch.float32)
+    assert norms(folded) == 1
