@@ -91,7 +91,7 @@ def trim_freed_memory() -> None:
 
 
 def worker_count() -> int:
-    """Number of helper processes: `$ISIM_WORKERS`, else the usable CPU cores.
+    """Number of helpers, threads or processes: `$ISIM_WORKERS`, else the usable CPU cores.
 
     Raises:
         UserError: `$ISIM_WORKERS` is no number of at least 0.
