@@ -1,4 +1,4 @@
-"""What runs in worker processes for affinity labels: two dCRFs, scoring, writing (no torch)."""
+"""What runs in workers for affinity labels: two dCRFs, scoring, writing (no torch)."""
 
 from dataclasses import dataclass
 from pathlib import Path

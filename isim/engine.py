@@ -111,7 +111,7 @@ def trim_freed_memory() -> None:
 
 
 def worker_count() -> int:
-    """Helper processes of this process: `$ISIM_WORKERS`, else its share of the usable CPU cores.
+    """Helpers of this process, threads or processes: `$ISIM_WORKERS`, else its share of the cores.
 
     Raises:
         UserError: `$ISIM_WORKERS` is no number of at least 0.

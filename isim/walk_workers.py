@@ -1,4 +1,4 @@
-"""What runs in worker processes for the random walk: walk, dCRF, scoring, writing (no torch)."""
+"""What runs in workers for the random walk: walk, dCRF, scoring, writing (no torch)."""
 
 from dataclasses import dataclass
 from pathlib import Path
