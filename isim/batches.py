@@ -77,6 +77,7 @@ class CropBatches:
             batch_sampler=self._shares,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=engine.start_loader,
             # Its own: only the first epoch would draw from the default one, so that a resumed
             # run's dropout would differ.
             generator=torch.Generator(),
@@ -105,7 +106,10 @@ class CropBatches:
             for step in range(steps)
         ]
         try:
-            for batch in self._loader:
+            # The first time this forks the processes.
+            with engine.signals_held():
+                loaded = iter(self._loader)
+            for batch in loaded:
                 there = {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
                 yield there | {
                     "image": self._normalise(there["image"]),

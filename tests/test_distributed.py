@@ -269,7 +269,7 @@ def test_hosts_whose_inputs_differ_are_refused(copies, run):
     assert [rank["code"] for rank in ranks] == [2, 2]
     # Once on every host.
     assert all("the hosts of this run differ" in rank["said"] for rank in ranks)
-    assert all(rank["said"].count("\n") == 1 for rank in ranks)
+    assert [rank["said"].count("\n") for rank in ranks] == [1, 1], ranks
 
 
 def test_files_of_each_host_reach_all_others(run, tmp_path):
