@@ -39,7 +39,7 @@ def library(name: str) -> ctypes.CDLL:
         name: File without suffix.
 
     Raises:
-        Unavailable: There is no C++ compiler, or it fails.
+        Unavailable: There is no C++ compiler, or it fails, or no folder can be written.
     """
     source = SOURCES / f"{name}.cpp"
     compiler = shlex.split(os.environ.get("CXX") or "g++")
@@ -58,8 +58,12 @@ def library(name: str) -> ctypes.CDLL:
 def _cache() -> Path:
     if chosen := os.environ.get("ISIM_CACHE"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "isim"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "isim"
+    try:
+        return Path.home() / ".cache/isim"
+    except RuntimeError as error:
+        raise Unavailable(f"no folder for compiled kernels ({error}); set ISIM_CACHE") from error
 
 
 def _digest(source: Path, compiler: list[str]) -> str:

@@ -357,7 +357,8 @@ def regenerate(
             )
 
         tasks = delivered(computed(seeds_of, missing, device), launch, group_size(device))
-        for result in refine_all(tasks, crf):
+        in_threads = on_gpu or cpu_crf.in_threads(crf)
+        for result in in_workers(refine_image, tasks, in_threads):
             journal.add(asdict(result))
         lines = journal.collect(items)
     distributed.share(labels, "*.png")
@@ -455,7 +456,8 @@ def to_host(tensor: Tensor) -> Host:
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copied.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    # The tensor's device need not be the current one (ISIM_DEVICE=cuda:1).
+    event.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> NDArray[Any]:
         event.synchronize()

@@ -67,6 +67,19 @@ def test_without_a_compiler_the_reason_is_given(sources, monkeypatch):
         compiled.library("trial")
 
 
+def test_without_a_home_folder_the_reason_is_given(sources, monkeypatch):
+    answer(sources, 1)
+    for name in ("ISIM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    with pytest.raises(compiled.Unavailable, match="home directory.*set ISIM_CACHE"):
+        compiled.library("trial")
+
+
 def test_the_first_complaint_of_the_compiler_is_given(sources):
     (sources / "trial.cpp").write_text("int answer( { }")
     with pytest.raises(compiled.Unavailable, match="trial.cpp.*error"):

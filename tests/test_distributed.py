@@ -272,6 +272,22 @@ def test_hosts_whose_inputs_differ_are_refused(copies, run):
     assert [rank["said"].count("\n") for rank in ranks] == [1, 1], ranks
 
 
+def test_hosts_of_another_network_or_other_rounds_are_refused_at_once(frozen, tmp_path, run):
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        shutil.copytree(frozen[0], host)
+        (host / "data/cams/train").mkdir(parents=True)
+    other = hosts[1] / "params.yaml"
+    text = other.read_text()
+    other.write_text(text.replace("method: deeplabcam", "method: cam", 1))
+    assert other.read_text() != text
+    shutil.rmtree(hosts[1] / "data/pseudo_labels/round_02")
+    for stage in ("train_cam", "evaluate"):
+        ranks = run(hosts, 1, stage=stage)
+        assert [rank["code"] for rank in ranks] == [2, 2]
+        assert all("the hosts of this run differ" in rank["said"] for rank in ranks)
+
+
 def test_files_of_each_host_reach_all_others(run, tmp_path):
     hosts = [tmp_path / name for name in "abc"]
     contents = {"a": {"one": b"1", "deep/empty": b""}, "b": {}, "c": {"two": b"22", "one": b"1"}}

@@ -114,8 +114,8 @@ def in_threads(settings: Crf) -> bool:
     That is `compiled`, which `auto` stands for where there is a compiler; `torch`, of which
     nothing is left to do where there is no GPU, as well.
     """
-    if settings.backend in ("auto", "torch") and not crf_compiled.available():
-        warnings.warn("no C++ compiler: the dCRF is computed by pydensecrf, slower", stacklevel=2)
+    if settings.backend in ("auto", "torch") and (obstacle := crf_compiled.obstacle()):
+        warnings.warn(f"the dCRF is computed by pydensecrf, slower: {obstacle}", stacklevel=2)
         return False
     return settings.backend != "pydensecrf"
 

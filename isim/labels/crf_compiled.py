@@ -15,13 +15,13 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
 @functools.cache
-def available() -> bool:
-    """Tell whether the kernel can be compiled here, and compile it if that has not been done."""
+def obstacle() -> str | None:
+    """Why the kernel cannot be had here; None: it can, and has been compiled if need be."""
     try:
         _kernel()
-    except compiled.Unavailable:
-        return False
-    return True
+    except compiled.Unavailable as error:
+        return str(error)
+    return None
 
 
 def best(

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -151,7 +152,8 @@ def _kernel() -> Callable[..., None] | None:
     """The compiled steps; None where there is no compiler."""
     try:
         kernel = compiled.library("random_walk").walk
-    except compiled.Unavailable:
+    except compiled.Unavailable as error:
+        warnings.warn(f"the random walk is computed by numpy, slowly: {error}", stacklevel=2)
         return None
     doubles = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")
     floats = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, distributed, metrics, pictures, splits, tracking, viz
+from isim import atomic, distributed, engine, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
-from isim.params import Evaluate, home, resolve_path
+from isim.params import Evaluate, digest, home, resolve_path
 from isim.regeneration import class_ids, refine_all
 from isim.splits import Confusions, Parts
 from isim.workers import RefineTask, dense
@@ -34,7 +35,7 @@ def run(params: Evaluate, root: Path) -> None:
         root: Project folder.
 
     Raises:
-        UserError: No CAMs, no prepared data, a missing or unreadable file.
+        UserError: No CAMs, no prepared data, a missing or unreadable file; hosts that differ.
     """
     prepared = load_prepared(root / "data/prepared", partial(resolve_path, root=root))
     names = ("background", *prepared.classes)
@@ -56,6 +57,10 @@ def run(params: Evaluate, root: Path) -> None:
     report: dict[str, dict[str, Any]] = {}
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
+    if distributed.world() > 1:
+        # Hosts with other splits or rounds would wait for each other. There is nothing to resume.
+        code, cpu = engine.code_files("evaluate"), torch.device("cpu")
+        engine.run_digest(digest(params), list(inputs.values()), code, cpu, "fp32")
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
         if distributed.is_writer():
             shutil.rmtree(reports / "pictures", ignore_errors=True)

@@ -93,7 +93,6 @@ def run(params: TrainAffinity, root: Path) -> None:
     if params.weights == "train_cam":
         _copy_encoder(trained, network, config)
     engine.place(network, device)
-    norm.synchronise(network)
     groups = [(network.encoder, params.rate), (network.head, params.head_factor * params.rate)]
     optimizer = engine.sgd(groups, params.momentum, params.weight_decay)
 
@@ -104,6 +103,8 @@ def run(params: TrainAffinity, root: Path) -> None:
         device,
         precision,
     )
+    # Only now: hosts with other networks would wait for each other.
+    norm.synchronise(network)
     resume = engine.resume_folder(home(root) / ".isim/resume/train_affinity", key)
     state = resume / "state.safetensors"
     labels = resume / "labels"

@@ -60,7 +60,6 @@ def run(params: TrainCam, root: Path) -> None:
     network = cam.build(config)
     cam.load_encoder_weights(network, params.encoder, params.weights, weights)
     engine.place(network, device)
-    norm.synchronise(network)
     optimizer = training.make_optimizer(network, params)
 
     key = engine.run_digest(
@@ -70,6 +69,8 @@ def run(params: TrainCam, root: Path) -> None:
         device,
         precision,
     )
+    # Only now: hosts with other networks would wait for each other.
+    norm.synchronise(network)
     resume = engine.resume_folder(home(root) / ".isim/resume/train_cam", key)
     state = resume / "state.safetensors"
     progress = engine.restore(resume, key, network, optimizer)

@@ -85,7 +85,6 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         network, params.encoder, params.weights, weights, params.allow_decoder_weights
     )
     engine.place(network, device)
-    norm.synchronise(network)
     optimizer = segmenter_training.make_optimizer(network, params)
 
     used = [root / "data/prepared", *(sources[item.id] for item in items)]
@@ -96,6 +95,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         device,
         precision,
     )
+    # Only now: hosts with other networks would wait for each other.
+    norm.synchronise(network)
     resume = engine.resume_folder(home(root) / ".isim/resume/train_segmenter" / name, key)
     state = resume / "state.safetensors"
     progress = engine.restore(resume, key, network, optimizer)

@@ -154,12 +154,12 @@ def test_without_a_compiler_auto_falls_back_and_compiled_is_refused(monkeypatch)
         raise compiled.Unavailable(f"no compiler for {name}")
 
     monkeypatch.setattr(compiled, "library", unavailable)
-    crf_compiled.available.cache_clear()
+    crf_compiled.obstacle.cache_clear()
     try:
         image, seed = picture(20, 30), np.zeros((20, 30), np.uint8)
         with pytest.raises(UserError, match="backend compiled: no compiler for crf; or use pyd"):
             crf.refine(image, seed, np.array([3]), SETTINGS)
-        with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        with pytest.warns(UserWarning, match="pydensecrf, slower: no compiler for crf"):
             assert not crf.refine(image, seed, np.array([3]), changed(backend="auto")).any()
     finally:
-        crf_compiled.available.cache_clear()
+        crf_compiled.obstacle.cache_clear()
