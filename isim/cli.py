@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -64,7 +65,6 @@ def train_segmenter(
     labels: Annotated[str, typer.Argument(help="One of the label_sets in params.yaml.")],
 ) -> None:
     """Stage 6: train a segmenter on a label set; write data/predictions."""
-    _require_label_set(labels)
     _run("train_segmenter", labels)
 
 
@@ -188,38 +188,68 @@ def _require_label_set(name: str) -> None:
 
 
 def _run(stage: str, *arguments: str) -> None:
-    from isim.params import load
+    """Run a stage, in as many processes as the environment asks for.
+
+    Args:
+        stage: Its word.
+        arguments: What it takes beside its section: a label set.
+    """
+    from isim import distributed
+    from isim.params import home, load
 
     root = Path.cwd()
-    # Checked before the stage is imported: a wrong parameter is told at once.
-    section = getattr(load(Path("params.yaml")), stage)
-    with _alone("-".join((stage, *arguments)), root):
-        importlib.import_module(f"isim.stages.{stage}").run(section, *arguments, root)
+    with distributed.started(home(root) / ".isim"):
+        # Checked before the stage is imported: a wrong parameter is told at once.
+        section = getattr(load(Path("params.yaml")), stage)
+        for name in arguments:
+            _require_label_set(name)
+        if stage != "prepare" and not distributed.by_torchrun():
+            from isim import launcher
+
+            if options := launcher.options():
+                launcher.launch(options, [stage.replace("_", "-"), *arguments])
+        if stage == "prepare" and not distributed.is_writer():
+            return
+        with _alone("-".join((stage, *arguments)), root):
+            importlib.import_module(f"isim.stages.{stage}").run(section, *arguments, root)
 
 
 @contextlib.contextmanager
 def _alone(stage: str, root: Path) -> Iterator[None]:
-    """Wait until no other process runs `stage` (for a label set) for this repository.
+    """Wait until no other run of `stage` (for a label set) for this repository is under way.
 
-    The resume state of a stage belongs to the repository, and several processes can want it:
+    The resume state of a stage belongs to the repository, and several runs can want it:
     `dvc exp run --temp` beside `dvc repro`, several workers of `dvc queue start`, or a stage
-    that outlived its DVC.
+    that outlived its DVC. A run of several processes waits on every disk.
     """
     from filelock import FileLock, Timeout
 
+    from isim import distributed
     from isim.params import home
 
     path = home(root) / ".isim" / f"{stage}.lock"
     atomic.make_directory(path.parent)
     lock = FileLock(path)
-    try:
+
+    def acquire() -> bool:
+        if not distributed.is_writer():
+            return True
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            return False
+        except OSError as error:
+            raise atomic.unwritable(path, error) from error
+        return True
+
+    told = False
+    while not all(distributed.gather(acquire())):
+        if not told and distributed.is_main():
             typer.echo(f"isim: waiting for another run of {stage} to end ({path})", err=True)
-            lock.acquire()
-    except OSError as error:
-        raise atomic.unwritable(path, error) from error
+        told = True
+        # Two runs of the same hosts must not each hold a disk and wait for the other's.
+        lock.release()
+        time.sleep(0.2)
     try:
         yield
     finally:

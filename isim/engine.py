@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from isim import atomic
+from isim import atomic, distributed
 from isim.errors import UserError
 
 # Numbers of glibc's malloc.h.
@@ -30,10 +30,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def default_device() -> torch.device:
     """`$ISIM_DEVICE` if set, else the first CUDA device, else the CPU.
 
+    Of several processes on a host each has the CUDA device of its number there.
+
     Raises:
-        UserError: `$ISIM_DEVICE` names a device that torch cannot use.
+        UserError: `$ISIM_DEVICE` names a device that torch cannot use, or there are more
+            processes than CUDA devices.
     """
     name = os.environ.get("ISIM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{distributed.local_world()} processes on a host with "
+                f"{torch.cuda.device_count()} GPUs; start one for each GPU (ISIM_PROCESSES), or "
+                "set ISIM_DEVICE to cpu"
+            )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -41,6 +52,15 @@ def default_device() -> torch.device:
         raise UserError(
             f"ISIM_DEVICE: torch cannot use '{name}' here; unset it or set it to cpu"
         ) from error
+    if device.index is not None and os.environ.get("ISIM_DEVICE") == name:
+        if distributed.local_world() > 1:
+            raise UserError(
+                f"ISIM_DEVICE: '{name}' is one device for {distributed.local_world()} processes; "
+                "set it to cuda, and CUDA_VISIBLE_DEVICES to the devices to use"
+            )
+    if device.type == "cuda" and distributed.world() > 1:
+        # Where NCCL communicates; otherwise all would take memory of the first device.
+        torch.cuda.set_device(device)
     return device
 
 
@@ -91,14 +111,14 @@ def trim_freed_memory() -> None:
 
 
 def worker_count() -> int:
-    """Number of helpers, threads or processes: `$ISIM_WORKERS`, else the usable CPU cores.
+    """Helpers of this process: `$ISIM_WORKERS`, else its share of the usable CPU cores.
 
     Raises:
         UserError: `$ISIM_WORKERS` is no number of at least 0.
     """
     text = os.environ.get("ISIM_WORKERS")
     if text is None:
-        return len(os.sched_getaffinity(0))
+        return max(1, len(os.sched_getaffinity(0)) // distributed.local_world())
     if not text.isdigit():
         raise UserError(f"ISIM_WORKERS: expected a number such as 2, got '{text}'")
     return int(text)
@@ -118,6 +138,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast context of a resolved precision; a no-op for fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+    """`function`, compiled by torch if `wanted` when it is first called with tensors of a shape.
+
+    The modules behind it stay what they are, and so do the names in their checkpoints. Another
+    call with the same function compiles nothing again.
+    """
+    return torch.compile(function, dynamic=False) if wanted else function
 
 
 def seed_all(*parts: int) -> None:
@@ -145,8 +174,11 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def sgd(
     groups: Sequence[tuple[nn.Module, float]], momentum: float, weight_decay: float
 ) -> torch.optim.SGD:
-    """SGD over modules with a rate each; the rates are kept as `initial_lr`."""
-    return torch.optim.SGD(
+    """SGD over modules with a rate each; the rates are kept as `initial_lr`.
+
+    A step goes by the gradients' sums over all processes.
+    """
+    optimizer = torch.optim.SGD(
         [
             {"params": list(module.parameters()), "lr": rate, "initial_lr": rate}
             for module, rate in groups
@@ -155,10 +187,18 @@ def sgd(
         momentum=momentum,
         weight_decay=weight_decay,
     )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.register_step_pre_hook(lambda *_: distributed.sum_gradients(parameters))
+    return optimizer
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; `metadata` goes into its header."""
+    """Write a safetensors file atomically; `metadata` goes into its header.
+
+    Of several processes one for each disk writes it.
+    """
+    if not distributed.is_writer():
+        return
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic.write_bytes(path, save(plain, metadata))
 
@@ -217,16 +257,35 @@ def restore(
     Returns:
         The progress: `digest` and the rows of the finished `epochs`.
     """
-    state = resume / "state.safetensors"
-    progress = read_progress(state, digest)
+    progress = latest_progress(resume, digest)
     if progress is None:
-        shutil.rmtree(resume, ignore_errors=True)
+        if distributed.is_writer():
+            shutil.rmtree(resume, ignore_errors=True)
+        distributed.barrier()
         return {"digest": digest, "epochs": []}
-    # A kill in the middle of a write leaves its temporary file, which must not be published.
-    for leftover in resume.rglob(".tmp-*"):
-        leftover.unlink()
-    load_state(state, network, optimizer)
+    load_state(resume / "state.safetensors", network, optimizer)
     return progress
+
+
+def latest_progress(resume: Path, digest: str) -> dict[str, Any] | None:
+    """Progress of the state in `resume`, or None when there is none of the same `digest`.
+
+    Temporary files of a killed process are removed. Where processes have several disks, the
+    state that is furthest and all other files are then on each of them.
+    """
+    state = resume / "state.safetensors"
+    own = read_progress(state, digest) if distributed.is_writer() else None
+    if distributed.is_writer():
+        # A kill in the middle of a write leaves its temporary file, which must not be published.
+        for leftover in resume.rglob(".tmp-*"):
+            leftover.unlink()
+    found = [progress for progress in distributed.gather(own) if progress is not None]
+    furthest = max(found, key=lambda progress: len(progress["epochs"]), default=None)
+    if distributed.is_writer() and furthest is not None:
+        if own is None or len(own["epochs"]) < len(furthest["epochs"]):
+            state.unlink(missing_ok=True)
+    distributed.share(resume)
+    return furthest
 
 
 def resume_folder(base: Path, digest: str) -> Path:
@@ -234,6 +293,8 @@ def resume_folder(base: Path, digest: str) -> Path:
 
     So an interrupted run is still there after another one was tried.
     """
+    if not distributed.is_writer():
+        return base / digest
     others = [path for path in base.glob("*") if path.name != digest]
     others.sort(key=lambda path: path.stat().st_mtime)
     for path in others[:-1]:
@@ -242,7 +303,15 @@ def resume_folder(base: Path, digest: str) -> Path:
 
 
 def remove_resume_folder(folder: Path) -> None:
-    """Remove a finished run's folder, and the one above it when no other run is in it."""
+    """Remove a finished run's folder, and the one above it when no other run is in it.
+
+    When no process needs it any more.
+    """
+    distributed.barrier()
+    if not distributed.is_writer():
+        return
+    # First: what a kill leaves of the folder must not pass for a state to go on from.
+    (folder / "state.safetensors").unlink(missing_ok=True)
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
@@ -266,16 +335,40 @@ def run_digest(
 
     Returns:
         16 hex digits. A saved state of another digest is not resumed.
+
+    Raises:
+        UserError: Hosts of this run differ in any of these.
     """
+    # Hashing is for one process of a disk.
+    own = None
+    if distributed.is_writer():
+        own = _digest(section_digest, inputs, code, device, precision)
+    found = {found for found in distributed.gather(own) if found}
+    if len(found) > 1:
+        raise UserError(
+            "the hosts of this run differ in params.yaml, code, inputs (data/, models/), torch or "
+            "kind of device; bring them to the same state (`git pull`, `dvc pull`)"
+        )
+    return found.pop()
+
+
+def _digest(
+    section_digest: str,
+    inputs: Sequence[Path],
+    code: Sequence[Path],
+    device: torch.device,
+    precision: str,
+) -> str:
     total = hashlib.sha256(section_digest.encode())
     for path in [*inputs, *code]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 total.update(file.name.encode())
                 total.update(hashlib.sha256(file.read_bytes()).digest())
-    # Bit-equality holds for one torch, one thread count and one kind of device only.
+    # Another torch or kind of device computes another result. Numbers of threads and processes
+    # change the last bits of it alone, so that a run may go on with others.
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    total.update(f"{torch.__version__} {torch.get_num_threads()} {kind} {precision}".encode())
+    total.update(f"{torch.__version__} {kind} {precision}".encode())
     return total.hexdigest()[:16]
 
 
@@ -286,7 +379,7 @@ def code_files(stage: str) -> list[Path]:
     """
     package = Path(__file__).parent
     aside = {"cli.py", "curves.py", "paper.py", "preset.py", "results.py", "runs.py"}
-    aside |= {"server.py", "tables.py", "tracking.py", "viz.py", "__main__.py"}
+    aside |= {"launcher.py", "server.py", "tables.py", "tracking.py", "viz.py", "__main__.py"}
     return [
         path
         for path in sorted([*package.rglob("*.py"), *package.rglob("*.cpp")])

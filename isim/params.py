@@ -167,6 +167,7 @@ class TrainCam(Section):
     segmentation_weight: Rate
     optimizer: Optimizer
     precision: Precision
+    compile: bool
     scales: Scales
     flip: bool
     threshold: Fraction
@@ -241,6 +242,7 @@ class TrainSegmenter(Section):
     scale_max: Annotated[float, Field(gt=0, le=4)]
     optimizer: SegmenterOptimizer
     precision: Precision
+    compile: bool
     threshold: Fraction
     test_scales: Scales
     test_flip: bool
@@ -305,6 +307,7 @@ class TrainAffinity(Section):
     weight_decay: Rate
     poly_power: Annotated[float, Field(ge=0)]
     precision: Precision
+    compile: bool
     pictures: NonNegative
 
     @model_validator(mode="after")

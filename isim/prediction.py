@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, splits
+from isim import atomic, distributed, engine, metrics, splits
 from isim.data.dataset import Item
 from isim.errors import UserError
 from isim.journal import Journal
@@ -103,6 +103,8 @@ def predict(
 ) -> dict[str, Predicted]:
     """Predict every item and score the label maps before and after dCRF (paper 4.1.7).
 
+    Each process of a run predicts its share of them.
+
     Runs again after an interruption with the same arguments, it computes only the images
     that are not done.
 
@@ -132,7 +134,7 @@ def predict(
     for folder in {labels, last}:
         atomic.make_directory(folder)
         for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     prepared = folding.for_inference(
         network, lambda net, images: net(images), device, engine.DTYPES[settings.precision]
@@ -189,13 +191,16 @@ def predict(
 
     with Journal(journal_path) as journal:
         journal.keep(path.stem for path in last.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, made = journal.share_out(items)
         tasks = delivered(computed(predicted, missing, device), launch, group_size(device))
         in_threads = settings.crf is None or on_gpu or crf.in_threads(settings.crf)
         results = in_workers(finish_prediction, tasks, in_threads)
         for result in tqdm(results, labels.name, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    # Not a set, whose order is another one in every process.
+    for folder in (labels, last):
+        distributed.share(folder, "*.png")
 
     plain = {part: np.zeros((num_labels, num_labels), np.int64) for part in parts}
     after = {part: np.zeros_like(confusion) for part, confusion in plain.items()}
@@ -210,7 +215,7 @@ def predict(
             images=len(ids),
             scored=sum(item.mask is not None and item.id in ids for item in items),
             seconds=seconds,
-            computed=len(missing),
+            computed=made,
         )
         for part, ids in parts.items()
     }

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isim import atomic, engine, metrics
+from isim import atomic, distributed, engine, metrics
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
@@ -175,7 +175,8 @@ def computed(
 
     On the CPU `engine.worker_count()` threads take an image each, with one OpenMP thread. On two
     cores that is as fast as threads inside each operation; results do not depend on their number,
-    and other work fills whatever time is left. On a GPU this thread takes batches of images of one size, decoded ahead.
+    and other work fills whatever time is left. On a
+    GPU this thread takes batches of images of one size, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
@@ -279,6 +280,8 @@ def regenerate(
 ) -> Scores:
     """Make the pseudo-labels of one round (paper Algorithm 1, line 8) and score them.
 
+    Each process of a run makes its share of them.
+
     Runs again after an interruption with the same arguments, it computes only the images
     that are not done.
 
@@ -305,10 +308,10 @@ def regenerate(
     atomic.make_directory(labels)
     atomic.make_directory(scratch)
     for leftover in [*labels.glob(".tmp-*"), *scratch.glob(".tmp-*")]:
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     with Journal(scratch / "progress.jsonl") as journal:
         journal.keep(path.stem for path in labels.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, made = journal.share_out(items)
 
         make = cam_maker(network, config, settings, device)
         on_gpu = refines_on_gpu(crf, device)
@@ -357,7 +360,9 @@ def regenerate(
         tasks = delivered(computed(seeds_of, missing, device), launch, group_size(device))
         for result in refine_all(tasks, crf):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    distributed.share(labels, "*.png")
+    distributed.share(scratch, "*.npz")
 
     seed_confusion = np.zeros((num_labels, num_labels), np.int64)
     label_confusion = np.zeros_like(seed_confusion)
@@ -375,7 +380,7 @@ def regenerate(
         scored=sum(item.mask is not None for item in items),
         masked_share=sum(line["masked"] for line in lines) / len(items),
         seconds=time.perf_counter() - start,
-        computed=len(missing),
+        computed=made,
     )
 
 
@@ -421,10 +426,11 @@ def score_seeds(
 
     confusion = np.zeros((num_labels, num_labels), np.int64)
     scored = [item for item in items if item.mask is not None]
-    tasks = delivered(computed(seeds_of, scored, device), launch, group_size(device))
+    own = distributed.mine(scored)
+    tasks = delivered(computed(seeds_of, own, device), launch, group_size(device))
     for counts in in_workers(score, tasks, in_threads=True):
         confusion += counts
-    return metrics.miou(confusion)
+    return metrics.miou(distributed.sum_array(confusion))
 
 
 def refines_on_gpu(crf: Crf, device: torch.device) -> bool:

@@ -1,12 +1,12 @@
 """One epoch of a segmenter on a label set."""
 
-import time
 from typing import Any
 
 import torch
 
 from isim import engine
-from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
+from isim.batches import CropBatches, step_batches, steps_per_epoch
+from isim.meter import Meter
 from isim.models.losses import pixel_cross_entropy
 from isim.models.segmenter import Segmenter
 from isim.params import TrainSegmenter
@@ -40,36 +40,24 @@ def train_epoch(
         device: Where the network is.
 
     Returns:
-        Mean loss, the encoder's rate at the last step, seconds and images/s.
+        Mean loss, the encoder's rate at the last step, and the figures of `Meter.speed`.
 
     Raises:
         UserError: A loss that is not finite: the step and the likely cause.
     """
-    start = time.perf_counter()
     steps = steps_per_epoch(len(crops.dataset), params.batch)
     schedule = params.optimizer
     horizon = steps * params.epochs
     batches = step_batches(network, optimizer, crops, params, epoch, horizon, schedule.poly_power)
-    total, images_seen = 0.0, 0
-    for index, batch in enumerate(batches):
+    rate = "train_segmenter.optimizer.rate"
+    meter = Meter(device, epoch, steps, schedule.momentum, rate)
+    forward = engine.compiled(network.forward, params.compile)
+    for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            logits = network(batch["image"])
+            logits = forward(batch["image"])
         loss = pixel_cross_entropy(logits, batch["label"], network.output_stride)
-        require_finite(
-            loss,
-            f"epoch {epoch}, step {index + 1} of {steps}",
-            schedule.momentum,
-            "train_segmenter.optimizer.rate",
-        )
+        meter.add(loss, {"loss": loss})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += loss.item()
-        images_seen += len(logits)
-    seconds = time.perf_counter() - start
-    return {
-        "loss": total / steps,
-        "rate": optimizer.param_groups[0]["lr"],
-        "seconds": seconds,
-        "images_per_second": images_seen / seconds,
-    }
+    return meter.means() | {"rate": optimizer.param_groups[0]["lr"]} | meter.speed()

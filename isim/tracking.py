@@ -24,6 +24,7 @@ import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel
 
+from isim import distributed
 from isim.atomic import atomic_path, make_directory, unwritable
 from isim.errors import UserError
 from isim.params import digest, home, read_yaml
@@ -213,6 +214,28 @@ class Run:
                 action() if was_lost else self._try(action)
 
 
+class NoRun(Run):
+    """The run of a process that is not rank 0: the same methods, and nothing is recorded."""
+
+    def __init__(self) -> None:
+        """Record nothing."""
+        self.run_id = "none"
+        self.resumed = False
+        self._lost = True
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Do nothing."""
+
+    def image(self, key: str, image: np.ndarray, step: int) -> None:
+        """Do nothing."""
+
+    def headline(self, values: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+
 @contextlib.contextmanager
 def stage_run(
     stage: str,
@@ -237,11 +260,14 @@ def stage_run(
             apart, and the middle of its headline's names.
 
     Yields:
-        The open run.
+        The open run; of several processes rank 0 has it, the others one that records nothing.
 
     Raises:
         UserError: The tracking store cannot be reached at the start.
     """
+    if not distributed.is_main():
+        yield NoRun()
+        return
     uri = tracking_uri(root)
     try:
         run = _open(uri, stage, params, root, inputs, label_set)

@@ -1,6 +1,5 @@
 """One epoch of the ISIM loop, and the classification figures of a split."""
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from isim import engine, metrics
-from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
+from isim import distributed, engine, metrics
+from isim.batches import CropBatches, step_batches, steps_per_epoch
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
+from isim.meter import Meter
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.inference import normalize
 from isim.models.losses import modified_cross_entropy
@@ -57,52 +57,49 @@ def train_epoch(
 
     Returns:
         Mean losses, share of crops without foreground, classification figures of the crops
-        (prefix `train_`), seconds and images/s.
+        (prefix `train_`), and the figures of `Meter.speed`.
 
     Raises:
         UserError: A loss that is not finite: the step and the likely cause.
     """
-    start = time.perf_counter()
     segment = network.decoder is not None and epoch > params.warmup_epochs
     steps = steps_per_epoch(len(crops.dataset), params.batch)
     schedule = params.optimizer
     horizon = steps * (schedule.poly_epochs or params.epochs)
     batches = step_batches(network, optimizer, crops, params, epoch, horizon, schedule.poly_power)
-    sums = {"classification_loss": 0.0, "segmentation_loss": 0.0}
-    without_foreground = 0
+    rates = "train_cam.optimizer.encoder_rate and classifier_rate"
+    meter = Meter(device, epoch, steps, schedule.momentum, rates)
+    forward = engine.compiled(network.forward, params.compile)
+    none = torch.zeros((), device=device)
     logits_seen, labels_seen = [], []
-    for index, batch in enumerate(batches):
+    for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            logits, segmentation = network(batch["image"], segment)
-        loss = classification = F.multilabel_soft_margin_loss(logits.float(), batch["image_label"])
+            logits, segmentation = forward(batch["image"], segment)
+        loss = classification = F.multilabel_soft_margin_loss(
+            logits.float(), batch["image_label"]
+        ) * (len(logits) / crops.size)
+        pixels, left_out = none, none
         if segmentation is not None:
             pixels, left_out = modified_cross_entropy(segmentation.float(), batch["label"])
             loss = classification + params.segmentation_weight * pixels
-            sums["segmentation_loss"] += pixels.item()
-            without_foreground += int(left_out)
-        sums["classification_loss"] += classification.item()
-        require_finite(
-            loss,
-            f"epoch {epoch}, step {index + 1} of {steps}",
-            schedule.momentum,
-            "train_cam.optimizer.encoder_rate and classifier_rate",
-        )
+        terms = {"classification_loss": classification, "segmentation_loss": pixels}
+        meter.add(loss, terms | {"without_foreground": left_out / crops.size})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        logits_seen.append(logits.detach().float().cpu())
-        labels_seen.append(batch["image_label"].cpu())
+        logits_seen.append(logits.detach().float())
+        labels_seen.append(batch["image_label"])
+    means = meter.means()
     figures = metrics.classification_figures(
-        torch.cat(labels_seen).numpy(), torch.cat(logits_seen).numpy()
+        *(
+            distributed.gather_rows(torch.cat(seen).cpu().numpy())
+            for seen in (labels_seen, logits_seen)
+        )
     )
-    seconds = time.perf_counter() - start
-    images_seen = sum(len(logits) for logits in logits_seen)
     return {
-        **{name: value / steps for name, value in sums.items()},
-        "without_foreground": without_foreground / images_seen if segment else 0.0,
+        **means,
         **{f"train_{name}": value for name, value in figures.items()},
-        "seconds": seconds,
-        "images_per_second": images_seen / seconds,
+        **meter.speed(),
     }
 
 
@@ -143,10 +140,12 @@ def classify(
 
     logits = np.zeros((len(items), len(config.classes)), np.float32)
     with ThreadPoolExecutor(2) as pool, engine.autocast(precision, device):
-        for row, (_, image) in enumerate(ahead(pool, read, items, 4)):
+        stream = ahead(pool, lambda row: read(items[row]), distributed.mine(range(len(items))), 4)
+        for row, image in stream:
             views = normalize(image[None].to(device), config.mean, config.std)
             views = views.contiguous(memory_format=torch.channels_last)
             logits[row] = network(views, False)[0][0].float().cpu().numpy()
+    logits = distributed.sum_array(logits)
     if not np.isfinite(logits).all():
         raise UserError(
             "the network's scores are not finite: the rates are likely too "

@@ -23,7 +23,7 @@ STAGES = list(PIPELINE["stages"])
 LEVELS = [
     {"isim.errors"},
     {"isim.atomic", "isim.pairs", "isim.paper"},
-    {"isim.compiled"},
+    {"isim.compiled", "isim.distributed"},
     {"isim.params"},
     {
         "isim.engine",
@@ -39,6 +39,7 @@ LEVELS = [
         "isim.preset",
         "isim.results",
         "isim.runs",
+        "isim.launcher",
     },
     {
         "isim.curves",
@@ -48,6 +49,7 @@ LEVELS = [
         "isim.pictures",
         "isim.splits",
         "isim.batches",
+        "isim.meter",
     },
     {"isim.affinity_workers", "isim.walk_workers"},
     {"isim.regeneration"},
@@ -218,10 +220,9 @@ def test_only_the_crf_imports_pydensecrf():
     assert {name for name in MODULES if "pydensecrf" in outside(name)} == {"isim.labels.crf"}
 
 
-def test_only_the_engine_knows_of_distribution():
-    for name in MODULES - {"isim.engine"}:
-        assert not {"accelerate"} & outside(name)
-        assert "torch.distributed" not in imports(name)
+def test_one_module_communicates_and_one_starts_processes():
+    users = {n for n in MODULES if any(in_package(m, "torch.distributed") for m in imports(n))}
+    assert users == {"isim.distributed", "isim.launcher"}
 
 
 def test_labels_and_metrics_know_no_paths_devices_or_logging():

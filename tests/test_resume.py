@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Figures of speed; nothing else may differ.
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "waiting_share"}
 KILLED, ENDED = int(signal.SIGKILL), 0
 UNBROKEN = (None, 0)
 

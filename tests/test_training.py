@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -159,9 +160,31 @@ def test_an_epoch_depends_on_its_number_and_not_on_helpers(tiny, prepared, label
         trainer = Trainer(tiny.train_cam, prepared, labels)
         torch.rand(1)
         row = trainer.epoch(2)
+        assert 0 <= row.pop("waiting_share") <= 1
         del row["seconds"], row["images_per_second"]
         rows.append((row, trainer.weights("encoder")))
     assert rows[0][0] == rows[1][0] and not changed(rows[0][1], rows[1][1])
+
+
+def test_a_compiled_epoch_trains_the_same(tiny, prepared, labels, monkeypatch):
+    """Traced as for inductor, which has a test of its own, but computed as without."""
+    calls = []
+    compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: calls.append(a) or compile_(*a, **k))
+    found = []
+    for wanted in (False, True):
+        params = tiny.train_cam.model_copy(update={"compile": wanted})
+        trainer = Trainer(params, prepared, labels)
+        for module in trainer.network.modules():
+            # A compiled one may draw in another order.
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        row = trainer.epoch(2)
+        found.append((row["classification_loss"], row["segmentation_loss"]))
+        names = list(trainer.network.state_dict())
+    assert len(calls) == 1
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert names == list(Trainer(tiny.train_cam, prepared).network.state_dict())
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_cause(tiny, prepared):

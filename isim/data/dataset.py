@@ -5,14 +5,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from isim.data.files import FORMAT, IGNORE, PREPARED, read_image, read_label_of
+from isim.data.files import FORMAT, IGNORE, PREPARED, image_size, read_image, read_label_of
 from isim.errors import UserError
 
 
@@ -156,6 +156,9 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
     mean colour and IGNORE when smaller) and a random flip. An item depends on (seed, epoch,
     index) alone, never on workers or on what was drawn before, so that a resumed run sees the
     same crops as an unbroken one.
+
+    Crops stay 8-bit: they travel from loader processes in a fifth of the bytes, and whoever
+    trains normalises a batch on its device.
     """
 
     def __init__(
@@ -184,26 +187,17 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         """
         self.items = items
         self.crop = crop
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.seed = seed
         self.labels = labels
+        self.flip = flip
         self.scales = scales
         # Shared memory, so that workers which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._labels_used = torch.full((), -1, dtype=torch.int64).share_memory_()
-        mean_colour = [round(255 * value) for value in mean]
-        self._crop_and_flip = v2.Compose(
-            [
-                v2.RandomCrop(
-                    crop,
-                    pad_if_needed=True,
-                    fill={tv_tensors.Image: mean_colour, tv_tensors.Mask: IGNORE},
-                ),
-                v2.RandomHorizontalFlip(0.5 if flip else 0.0),
-            ]
-        )
-        self._normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-        )
+        colour = np.array([round(255 * value) for value in mean], np.uint8)
+        self._padding = np.broadcast_to(colour, (crop, crop, 3)).copy()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose crops are drawn; call it before the epoch's iterator is made."""
@@ -221,51 +215,72 @@ class CropDataset(Dataset[dict[str, torch.Tensor]]):
         """Draw the crop of one item.
 
         Returns:
-            image (3, crop, crop) float32, normalised; image_label (K,) float32; label
-            (crop, crop) int64 with 255 for padding and ignored pixels.
+            image (crop, crop, 3) uint8 RGB; image_label (K,) float32; label (crop, crop) uint8
+            with 255 for padding and ignored pixels.
 
         Raises:
             UserError: The image or its label map is unreadable, their sizes differ, or the map
                 holds a label that is none of the classes.
         """
         item = self.items[index]
-        image = read_image(item.image)
-        label = self._read_label(item, image.shape[:2])
-        # The CPU generator only: torch.manual_seed would reset a GPU's generator, too.
-        with torch.random.fork_rng(devices=[]):
-            state = np.random.SeedSequence([self.seed, int(self._epoch), index])
-            torch.default_generator.manual_seed(int(state.generate_state(1, np.uint64)[0]))
-            pixels, mask = self._augment(torch.from_numpy(image), torch.from_numpy(label))
+        state = np.random.SeedSequence([self.seed, int(self._epoch), index])
+        draws = torch.Generator().manual_seed(int(state.generate_state(1, np.uint64)[0]))
+        sides = image_size(item.image)
+        scale = self._draw_scale(max(sides), draws)
+        size = [max(1, round(side * scale)) for side in sides]
+        rows, columns = (self._draw_span(side, draws) for side in size)
+        flips = self.flip and bool(torch.rand(1, generator=draws) < 0.5)
+
+        image = self._padding.copy()
+        label = np.full((self.crop, self.crop), IGNORE, np.uint8)
+        # A permuted view is channels-last, for which torchvision resizes uint8 directly.
+        pixels = torch.from_numpy(read_image(item.image, size)).permute(2, 0, 1)
+        resized = v2.functional.resize_image(pixels, size).permute(1, 2, 0).numpy()
+        image[rows.inside, columns.inside] = resized[rows.taken, columns.taken]
+        given = self._read_label(item, sides)
+        if given is not None:
+            # Nearest: the pixel that holds the centre of the resized one, in integers.
+            below, beside = (
+                (2 * np.arange(span.taken.start, span.taken.stop) + 1) * before // (2 * side)
+                for side, before, span in zip(size, sides, (rows, columns), strict=True)
+            )
+            label[rows.inside, columns.inside] = given[below][:, beside]
+        views = torch.from_numpy(image), torch.from_numpy(label)
+        crop, mask = (view.flip(1) for view in views) if flips else views
         return {
-            "image": pixels,
+            "image": crop,
             "image_label": torch.from_numpy(item.known_label.copy()),
             "label": mask,
         }
 
-    def _read_label(self, item: Item, size: tuple[int, ...]) -> np.ndarray:
+    def _read_label(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
         index = int(self._labels_used)
         if index < 0:
-            return np.full(size, IGNORE, np.uint8)
+            return None
         path = self.labels[index](item.id)
         return read_label_of(path, item.image, size, len(item.known_label) + 1, ignored=True)
 
-    def _draw_scale(self, longer_side: int) -> float:
+    def _draw_scale(self, longer_side: int, draws: torch.Generator) -> float:
         if self.scales is None:
-            return int(torch.randint(self.crop, 2 * self.crop + 1, ())) / longer_side
+            drawn = torch.randint(self.crop, 2 * self.crop + 1, (), generator=draws)
+            return int(drawn) / longer_side
         lowest, highest = self.scales
-        return lowest + (highest - lowest) * float(torch.rand(()))
+        return lowest + (highest - lowest) * float(torch.rand((), generator=draws))
 
-    def _augment(
-        self, image: torch.Tensor, label: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H, W, 3) and (H, W) uint8 to (3, crop, crop) float32 and (crop, crop) int64."""
-        scale = self._draw_scale(max(label.shape))
-        size = [max(1, round(side * scale)) for side in label.shape]
-        # A permuted view is channels-last, for which torchvision resizes uint8 directly.
-        pixels = v2.functional.resize_image(image.permute(2, 0, 1), size)
-        # v2's own nearest for masks is half a source pixel off the bilinear grid of the image.
-        nearest = v2.InterpolationMode.NEAREST_EXACT
-        mask = v2.functional.resize_image(label[None], size, interpolation=nearest)
-        pixels, mask = self._crop_and_flip(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
-        normalised: torch.Tensor = self._normalise(pixels).as_subclass(torch.Tensor)
-        return normalised, mask[0].as_subclass(torch.Tensor).long()
+    def _draw_span(self, side: int, draws: torch.Generator) -> "_Span":
+        """Where a crop lies along one side of an image, or a smaller image in its crop."""
+        start, length = 0, min(side, self.crop)
+        if side > self.crop:
+            start = int(torch.randint(side - self.crop + 1, (), generator=draws))
+            return _Span(slice(start, start + length), slice(0, length))
+        if side < self.crop:
+            free = self.crop - side
+            start = free - int(torch.randint(free + 1, (), generator=draws))
+        return _Span(slice(0, length), slice(start, start + length))
+
+
+class _Span(NamedTuple):
+    """Pixels `taken` of an image's side, and the equally many `inside` the crop."""
+
+    taken: slice
+    inside: slice

@@ -3,6 +3,7 @@
 import hashlib
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,13 @@ def file_md5(path: Path) -> str:
         return hashlib.file_digest(stream, "md5").hexdigest()
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, least: Sequence[int] | None = None) -> np.ndarray:
     """Read an image as RGB; its EXIF orientation is ignored, as the VOC masks ignore it.
+
+    Args:
+        path: The file.
+        least: (h, w) that will do: a JPEG at least twice as large is decoded at 1/2, 1/4 or
+            1/8 of its size, not below `least`, in a fraction of the time.
 
     Returns:
         (H, W, 3) uint8. Grey and palette images become RGB.
@@ -44,6 +50,8 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise UserError(f"{path} has more than 8 bits a channel; save it as 8-bit RGB")
+            if least is not None:
+                image.draft(None, (least[1], least[0]))
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except _DAMAGED as error:
         raise _unreadable("image", path, error) from error

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from isim import distributed
 from isim.errors import UserError
 from isim.models import common
 from isim.models.inference import normalize
@@ -213,7 +214,7 @@ def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> AffinityLoss
     Pairs of equal labels should have affinity 1, background and classes averaged apart because
     background pairs outnumber the others; pairs of unequal labels should have affinity 0. Each
     term is a mean of -log(. + 1e-5) over its pairs in the whole batch, 0 without any. Pairs that
-    touch IGNORE are left out.
+    touch IGNORE are left out. Of several processes each returns its part, as all losses do.
 
     Args:
         affinity: (B, P, h, w) of `pair_affinity`.
@@ -242,7 +243,7 @@ def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> AffinityLoss
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / distributed.total(mask.sum()).clamp(min=1)
 
 
 def build(config: AffinityConfig) -> AffinityNet:

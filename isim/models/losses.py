@@ -1,8 +1,13 @@
-"""Losses of the ISIM loop (paper 3.2, Eq. 2-3) and of the segmenters (paper 4.1.7)."""
+"""Losses of the ISIM loop (paper 3.2, Eq. 2-3) and of the segmenters (paper 4.1.7).
+
+A mean is over what counts in the batch of all processes, each of which returns its part of it:
+the loss is the sum over the processes, and so are its gradients.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from isim import distributed
 from isim.models.inference import upsample
 
 IGNORE = 255
@@ -47,4 +52,4 @@ def _mean_over_pixels(logits: Tensor, labels: Tensor) -> Tensor:
     # Channels last, this is a view, and a softmax over neighbouring numbers is twice as fast.
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, L)
     total = F.cross_entropy(pixels, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / distributed.total((labels != IGNORE).sum()).clamp(min=1)

@@ -1,7 +1,7 @@
 """Score CAMs, CAM + dCRF and every round's pseudo-labels (spec 8)."""
 
+import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from isim import atomic, metrics, pictures, splits, tracking, viz
+from isim import atomic, distributed, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
-from isim.params import Evaluate, resolve_path
+from isim.params import Evaluate, home, resolve_path
 from isim.regeneration import class_ids, refine_all
 from isim.splits import Confusions, Parts
 from isim.workers import RefineTask, dense
@@ -57,11 +57,13 @@ def run(params: Evaluate, root: Path) -> None:
     sweep: list[dict[str, Any]] = []
     inputs = {name: root / name for name in ("data/prepared", "data/cams", "data/pseudo_labels")}
     with tracking.stage_run("evaluate", params, root, inputs) as tracked:
-        shutil.rmtree(reports / "pictures", ignore_errors=True)
+        if distributed.is_writer():
+            shutil.rmtree(reports / "pictures", ignore_errors=True)
         for split, parts in splits.parts(stored, members).items():
             items = [item for item in chosen[split] if item.mask is not None]
             shown = pictures.choose(items, params.pictures)
-            with tempfile.TemporaryDirectory() as refined_labels:
+            # Each is written by the process that scores the image.
+            with _common_folder(home(root) / ".isim/evaluate") as refined_labels:
                 at_thresholds, refined = _score_cams(
                     items,
                     cams / split,
@@ -69,12 +71,13 @@ def run(params: Evaluate, root: Path) -> None:
                     thresholds,
                     fixed,
                     len(names),
-                    {item.id: Path(refined_labels) / f"{item.id}.png" for item in shown},
+                    {item.id: refined_labels / f"{item.id}.png" for item in shown},
                     parts,
                 )
-                for item in shown:
+                distributed.share(refined_labels)
+                for item in shown if distributed.is_writer() else ():
                     cam = cams / split / f"{item.id}.npz"
-                    label = Path(refined_labels) / f"{item.id}.png"
+                    label = refined_labels / f"{item.id}.png"
                     viz.write_png(
                         reports / f"pictures/{split}/{item.id}.png",
                         pictures.strip(item, cam, label, columns=4),
@@ -121,6 +124,9 @@ def run(params: Evaluate, root: Path) -> None:
         # Here too: train_cam may have come from DVC's run-cache, without an MLflow run.
         if snapshots:
             headline["pseudo_label_miou"] = report[snapshots[-1].name]["pseudo_label_miou"]
+        if not distributed.is_writer():
+            # The rest is written once on every disk.
+            return
         tracked.headline(headline)
         per_class = _per_class(confusions, names)
         tracked.table("per_class", per_class)
@@ -129,6 +135,21 @@ def run(params: Evaluate, root: Path) -> None:
         atomic.write_csv(reports / "confusion.csv", _pairs(confusions, names))
         _draw(reports / "pictures", confusions, names)
         atomic.write_json(reports / "metrics.json", report)
+
+
+@contextlib.contextmanager
+def _common_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for the processes of a disk, removed after the block."""
+    if distributed.is_writer():
+        shutil.rmtree(path, ignore_errors=True)
+        atomic.make_directory(path)
+    distributed.barrier()
+    try:
+        yield path
+        distributed.barrier()
+    finally:
+        if distributed.is_writer():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _join(*words: str) -> str:
@@ -159,9 +180,10 @@ def _score_cams(
     """
     shape = (len(thresholds), num_labels, num_labels)
     totals = {name: np.zeros(shape, np.int64) for name in parts}
+    own = distributed.mine(items)
 
     def tasks() -> Iterator[RefineTask]:
-        for item in items:
+        for item in own:
             assert item.mask is not None
             ids = class_ids(item)
             planes, size = files.read_cam_of(folder / f"{item.id}.npz", item.image, ids)
@@ -183,24 +205,28 @@ def _score_cams(
 
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
     progress = tqdm(
-        refine_all(tasks(), params.crf), folder.name, len(items), leave=False, disable=None
+        refine_all(tasks(), params.crf), folder.name, len(own), leave=False, disable=None
     )
     for result in progress:
         splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
-    return totals, refined
+    return _over_processes(totals), _over_processes(refined)
+
+
+def _over_processes(totals: Confusions) -> Confusions:
+    return {name: distributed.sum_array(counts) for name, counts in totals.items()}
 
 
 def _score_labels(folder: Path, items: list[Item], num_labels: int, parts: Parts) -> Confusions:
     """Confusion matrix (L, L) of the folder's label maps, for each of `parts`."""
     totals = {name: np.zeros((num_labels, num_labels), np.int64) for name in parts}
-    for item in items:
+    for item in distributed.mine(items):
         if item.mask is not None:
             path, size = folder / f"{item.id}.png", files.image_size(item.image)
             label = files.read_label_of(path, item.image, size, num_labels, ignored=False)
             truth = files.read_truth(item.mask, size, num_labels)
             counts = metrics.confusion_matrix(truth, label, num_labels)
             splits.add(totals, parts, item.id, counts)
-    return totals
+    return _over_processes(totals)
 
 
 def _per_class(confusions: Confusions, names: tuple[str, ...]) -> list[dict[str, Any]]:

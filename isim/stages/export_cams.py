@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, tracking
+from isim import atomic, distributed, engine, metrics, tracking
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.gpu import seeds
@@ -64,28 +64,31 @@ def run(params: ExportCams, root: Path) -> None:
     resume = engine.resume_folder(home(root) / ".isim/resume/export_cams", key)
     inputs = {"data/prepared": root / "data/prepared", "models/train_cam": checkpoint.parent}
     num_labels = len(config.classes) + 1
+    # Where processes have several disks, what an earlier run has finished is then on each.
+    distributed.share(resume)
     report: dict[str, dict[str, float]] = {}
     with tracking.stage_run("export_cams", params, root, inputs) as tracked:
         for split, items in chosen.items():
             folder = resume / "cams" / split
             atomic.make_directory(folder)
             for leftover in folder.glob(".tmp-*"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
             start = time.perf_counter()
             with Journal(resume / f"{split}.jsonl") as journal:
                 journal.keep(path.stem for path in folder.glob("*.npz"))
-                missing = [item for item in items if item.id not in journal.lines]
+                missing, made = journal.share_out(items)
                 make = partial(_exported, cam_maker(network, config, settings, device), params)
                 write = partial(_write, folder, num_labels)
                 tasks = delivered(computed(make, missing, device), _launch, group_size(device))
                 results = in_workers(write, tasks, in_threads=True)
                 for line in tqdm(results, split, len(missing), leave=False, disable=None):
                     journal.add(line)
-                lines = [journal.lines[item.id] for item in items]
+                lines = journal.collect(items)
+            distributed.share(folder, "*.npz")
             seconds = time.perf_counter() - start
             report[split] = {
                 "images": len(items),
-                "images_per_second": len(missing) / seconds,
+                "images_per_second": made / seconds,
                 "megabytes": sum(p.stat().st_size for p in folder.glob("*.npz")) / 1e6,
             }
             if any(item.mask for item in items):
@@ -101,6 +104,10 @@ def run(params: ExportCams, root: Path) -> None:
                 }
             tracked.metrics({f"{split}_{name}": value for name, value in report[split].items()})
             tqdm.write(f"export_cams: {len(items)} CAMs of {split}")
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "cams", root / "data/cams")
         atomic.write_json(
             root / "reports/export_cams/metrics.json", {"precision": precision, **report}

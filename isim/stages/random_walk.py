@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, splits, tracking, viz
+from isim import atomic, distributed, engine, metrics, pictures, splits, tracking, viz
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.journal import Journal
@@ -68,6 +68,8 @@ def run(params: RandomWalk, root: Path) -> None:
     )
     resume = engine.resume_folder(home(root) / ".isim/resume/random_walk", key)
     reports = root / "reports/random_walk"
+    # Where processes have several disks, what an earlier run has finished is then on each.
+    distributed.share(resume)
     names = ("background", *prepared.classes)
     inputs = {"data/prepared": root / "data/prepared", "data/cams": cams}
     inputs["models/train_affinity"] = checkpoint.parent
@@ -78,7 +80,7 @@ def run(params: RandomWalk, root: Path) -> None:
         for split, parts in splits.parts(chosen, splits.members(prepared.splits)).items():
             items = chosen[split]
             start = time.perf_counter()
-            computed, confusions = _walk_split(
+            made, confusions = _walk_split(
                 items,
                 resume,
                 split,
@@ -93,7 +95,7 @@ def run(params: RandomWalk, root: Path) -> None:
             )
             seconds = time.perf_counter() - start
             # Of the pass, hence not of a part of it.
-            speed = {"seconds": seconds, "images_per_second": computed / seconds}
+            speed = {"seconds": seconds, "images_per_second": made / seconds}
             for part, ids in parts.items():
                 figures = {"images": len(ids), **(speed if part == split else {})}
                 for name, totals in confusions.items():
@@ -107,6 +109,10 @@ def run(params: RandomWalk, root: Path) -> None:
                 headline |= {f"{part}_{k}": v for k, v in figures.items() if k.endswith("_miou")}
                 scores = (f"{name} mIoU {100 * figures[f'{name}_miou']:.2f}" for name in confusions)
                 tqdm.write(f"random_walk: {len(ids)} label maps of {part}, {', '.join(scores)}")
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "labels", root / "data/random_walk")
         shutil.rmtree(reports / "pictures", ignore_errors=True)
         for split, items in chosen.items():
@@ -146,11 +152,11 @@ def _walk_split(
     for folder in folders.values():
         atomic.make_directory(folder)
         for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     with Journal(resume / f"{split}.jsonl") as journal:
         for folder in folders.values():
             journal.keep(path.stem for path in folder.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, made = journal.share_out(items)
 
         prepared = folding.for_inference(
             network, lambda net, images: net(images), device, engine.DTYPES[precision]
@@ -186,14 +192,16 @@ def _walk_split(
         results = in_workers(walk_image, tasks, in_threads)
         for result in tqdm(results, split, len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    for folder in folders.values():
+        distributed.share(folder, "*.png")
     shape = (num_labels, num_labels)
     confusions = {name: {part: np.zeros(shape, np.int64) for part in parts} for name in folders}
     for line in lines:
         for name, totals in confusions.items():
             counts = line["crf_counts" if name == "walk_crf" else "walk_counts"]
             splits.add(totals, parts, line["id"], dense(counts, num_labels))
-    return len(missing), confusions
+    return made, confusions
 
 
 def _launch(

@@ -6,7 +6,6 @@ parameters, the data, the CAMs and the code are the same, and ends as if never i
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,17 +16,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from isim import atomic, engine, metrics, pictures, tracking, viz
+from isim import atomic, distributed, engine, metrics, pictures, tracking, viz
 from isim.affinity_workers import LabelTask, make_label
-from isim.batches import CropBatches, require_finite, step_batches, steps_per_epoch
+from isim.batches import CropBatches, step_batches, steps_per_epoch
 from isim.data import files
 from isim.data.dataset import CropDataset, Item, load_prepared
 from isim.errors import UserError, renamed
 from isim.journal import Journal
 from isim.labels import crf
 from isim.labels.affinity_pairs import reduce_label
-from isim.models import affinity, cam
-from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss
+from isim.meter import Meter
+from isim.models import affinity, cam, norm
+from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss, pair_affinity
 from isim.params import TrainAffinity, digest, home, resolve_path
 from isim.regeneration import class_ids, in_workers
 from isim.workers import dense
@@ -58,8 +58,8 @@ class AffinityCrops(CropDataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Draw the crop of one item, with labels (h, w) instead of (crop, crop)."""
         drawn = super().__getitem__(index)
-        label = drawn["label"].numpy().astype(np.uint8)
-        return drawn | {"label": torch.from_numpy(reduce_label(label, self._stride)).long()}
+        label = reduce_label(drawn["label"].numpy(), self._stride)
+        return drawn | {"label": torch.from_numpy(label)}
 
 
 def run(params: TrainAffinity, root: Path) -> None:
@@ -93,6 +93,7 @@ def run(params: TrainAffinity, root: Path) -> None:
     if params.weights == "train_cam":
         _copy_encoder(trained, network, config)
     engine.place(network, device)
+    norm.synchronise(network)
     groups = [(network.encoder, params.rate), (network.head, params.head_factor * params.rate)]
     optimizer = engine.sgd(groups, params.momentum, params.weight_decay)
 
@@ -107,10 +108,7 @@ def run(params: TrainAffinity, root: Path) -> None:
     state = resume / "state.safetensors"
     labels = resume / "labels"
     atomic.make_directory(labels)
-    # A kill in the middle of a write leaves its temporary file, which must not be published.
-    for leftover in resume.rglob(".tmp-*"):
-        leftover.unlink()
-    progress = engine.read_progress(state, key) or {"digest": key, "epochs": []}
+    progress = engine.latest_progress(resume, key) or {"digest": key, "epochs": []}
     if progress["epochs"]:
         engine.load_state(state, network, optimizer)
         tqdm.write(f"train_affinity: continues after epoch {len(progress['epochs'])}")
@@ -140,7 +138,7 @@ def run(params: TrainAffinity, root: Path) -> None:
         for epoch in range(1, params.epochs + 1):
             if epoch > len(rows):
                 row = train_epoch(network, optimizer, crops, params, epoch, precision, device)
-                rows.append({"epoch": epoch, **row})
+                rows.append(distributed.broadcast({"epoch": epoch, **row}))
                 engine.save_state(state, network, optimizer, progress)
                 tqdm.write(
                     f"epoch {epoch}/{params.epochs}: loss {row['loss']:.4f} (background "
@@ -154,6 +152,10 @@ def run(params: TrainAffinity, root: Path) -> None:
         engine.save_tensors(
             resume / "models/model.safetensors", network.state_dict(), config.to_metadata()
         )
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "models", root / "models/train_affinity")
         atomic.copy_tree(labels, root / "data/affinity_labels")
         reports = root / "reports/train_affinity"
@@ -181,8 +183,6 @@ def run(params: TrainAffinity, root: Path) -> None:
         tracked.headline({"loss": last["loss"], "sure_accuracy": figures["sure_accuracy"]})
         tracked.artifact_file(reports / "epochs.csv")
         tracked.register_model("affinity", root / "models/train_affinity/model.safetensors")
-    # First: what a kill leaves of the folder must not pass for a trained network.
-    state.unlink()
     engine.remove_resume_folder(resume)
 
 
@@ -212,7 +212,7 @@ def _make_labels(
     """Make the affinity labels that are missing; shares of sure pixels and of right ones."""
     with Journal(labels.with_suffix(".jsonl")) as journal:
         journal.keep(path.stem for path in labels.glob("*.png"))
-        missing = [item for item in items if item.id not in journal.lines]
+        missing, _ = journal.share_out(items)
 
         def tasks() -> Iterator[LabelTask]:
             for item in missing:
@@ -230,7 +230,8 @@ def _make_labels(
         results = in_workers(make_label, tasks(), crf.in_threads(params.crf))
         for result in tqdm(results, "labels", len(missing), leave=False, disable=None):
             journal.add(asdict(result))
-        lines = [journal.lines[item.id] for item in items]
+        lines = journal.collect(items)
+    distributed.share(labels, "*.png")
     confusion = np.zeros((num_labels, num_labels), np.int64)
     for line in lines:
         confusion += dense(line["counts"], num_labels)
@@ -264,40 +265,29 @@ def train_epoch(
         device: Where the network is.
 
     Returns:
-        Means of the loss and of its three terms, seconds and images/s.
+        Means of the loss and of its three terms, and the figures of `Meter.speed`.
 
     Raises:
         UserError: A loss that is not finite: the step and the likely cause.
     """
-    start = time.perf_counter()
     steps = steps_per_epoch(len(crops.dataset), params.batch)
-    sums = {"loss": 0.0, "background_loss": 0.0, "foreground_loss": 0.0, "negative_loss": 0.0}
-    images_seen = 0
-    stream = step_batches(
+    batches = step_batches(
         network, optimizer, crops, params, epoch, steps * params.epochs, params.poly_power
     )
-    for index, batch in enumerate(stream):
-        images = batch["image"]
+    rates = "train_affinity.rate or head_factor"
+    meter = Meter(device, epoch, steps, params.momentum, rates)
+    # Not the pairs, whose 34 unrolled planes would take minutes to compile.
+    features = engine.compiled(network.features, params.compile)
+    for batch in meter.watch(batches):
         with engine.autocast(precision, device):
-            loss = affinity_loss(network(images), batch["label"], params.radius)
-        require_finite(
-            loss.total,
-            f"epoch {epoch}, step {index + 1} of {steps}",
-            params.momentum,
-            "train_affinity.rate or head_factor",
-        )
+            affinities = pair_affinity(features(batch["image"]), params.radius)
+            loss = affinity_loss(affinities, batch["label"], params.radius)
+        terms = {f"{name}_loss": value for name, value in loss._asdict().items()}
+        meter.add(loss.total, {"loss": terms.pop("total_loss"), **terms})
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         optimizer.step()
-        for name, term in zip(sums, loss, strict=True):
-            sums[name] += term.item()
-        images_seen += len(images)
-    seconds = time.perf_counter() - start
-    return {
-        **{name: value / steps for name, value in sums.items()},
-        "seconds": seconds,
-        "images_per_second": images_seen / seconds,
-    }
+    return meter.means() | meter.speed()
 
 
 def _strip(item: Item, cams: Path, labels: Path, columns: int) -> np.ndarray:

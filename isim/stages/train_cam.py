@@ -15,11 +15,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from isim import atomic, batches, engine, metrics, pictures, rounds, tracking, training, viz
+from isim import (
+    atomic,
+    batches,
+    distributed,
+    engine,
+    metrics,
+    pictures,
+    rounds,
+    tracking,
+    training,
+    viz,
+)
 from isim.data import files
 from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
-from isim.models import cam
+from isim.models import cam, norm
 from isim.params import TrainCam, digest, home, resolve_path
 from isim.regeneration import CamSettings, Scores, regenerate, score_seeds
 
@@ -49,6 +60,7 @@ def run(params: TrainCam, root: Path) -> None:
     network = cam.build(config)
     cam.load_encoder_weights(network, params.encoder, params.weights, weights)
     engine.place(network, device)
+    norm.synchronise(network)
     optimizer = training.make_optimizer(network, params)
 
     key = engine.run_digest(
@@ -85,8 +97,8 @@ def run(params: TrainCam, root: Path) -> None:
             """Make the round's labels (or the rest of them), train on them; return its row."""
             name = f"round_{number:02d}"
             labels = resume / "pseudo_labels" / name
-            record = resume / f"{name}.json"
-            if not record.exists():
+
+            def make() -> dict[str, Any]:
                 engine.save_tensors(
                     resume / "models" / f"{name}.safetensors",
                     network.state_dict(),
@@ -105,15 +117,14 @@ def run(params: TrainCam, root: Path) -> None:
                     device,
                 )
                 row = {"round": number, "epoch": epoch, **scores.row()}
-                # Not write_json: without masks the figures are nan and must come back as nan.
-                entry = {"row": row, "per_class": _per_class(number, prepared, scores)}
-                atomic.write_text(record, json.dumps(entry))
                 tqdm.write(
                     f"{name} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
                     f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
                     f"{row['images_per_second']:.1f} images/s"
                 )
-            row = json.loads(record.read_text())["row"]
+                return {"row": row, "per_class": _per_class(number, prepared, scores)}
+
+            row = distributed.once(resume / f"{name}.json", make)["row"]
             tracked.metrics(
                 {k: v for k, v in row.items() if k not in ("round", "epoch")}, step=number
             )
@@ -127,13 +138,13 @@ def run(params: TrainCam, root: Path) -> None:
 
         def measure(epoch: int) -> dict[str, Any]:
             """Score the CAMs as they are after `epoch`, or read what was found before."""
-            record = resume / f"measured_{epoch:04d}.json"
-            if not record.exists():
+
+            def make() -> dict[str, Any]:
                 miou = score_seeds(network, config, items, settings, params.threshold, device)
-                # As a round's record: nan must come back as nan.
-                atomic.write_text(record, json.dumps({"epoch": epoch, "cam_miou": miou}))
                 tqdm.write(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
-            return json.loads(record.read_text())
+                return {"epoch": epoch, "cam_miou": miou}
+
+            return distributed.once(resume / f"measured_{epoch:04d}.json", make)
 
         def classify_finally() -> dict[str, float]:
             """Classify the training images as the held-out ones are, or read what was found.
@@ -141,12 +152,10 @@ def run(params: TrainCam, root: Path) -> None:
             Whole images and the final weights: the figures of the epochs are of random crops,
             while the weights change.
             """
-            record = resume / "final.json"
-            if not record.exists():
-                figures = training.classify(network, config, items, params.crop, precision, device)
-                # As a round's record: nan must come back as nan.
-                atomic.write_text(record, json.dumps(figures))
-            found = json.loads(record.read_text())
+            found = distributed.once(
+                resume / "final.json",
+                lambda: training.classify(network, config, items, params.crop, precision, device),
+            )
             return {f"final_train_{name}": value for name, value in found.items()}
 
         rows = progress["epochs"]
@@ -161,6 +170,8 @@ def run(params: TrainCam, root: Path) -> None:
                     network, config, held_out, params.crop, precision, device
                 )
                 row = {"epoch": epoch, **row, **{f"val_{k}": v for k, v in figures.items()}}
+                # Of the processes' clocks rank 0's.
+                row = distributed.broadcast(row)
                 rows.append(row)
                 engine.save_state(state, network, optimizer, progress)
                 tqdm.write(
@@ -189,6 +200,10 @@ def run(params: TrainCam, root: Path) -> None:
         )
         final = classify_finally()
         tracked.metrics(final)
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         finished = [
             json.loads((resume / f"round_{number:02d}.json").read_text())
             for number in range(1, len(round_ends) + 1)
@@ -201,8 +216,6 @@ def run(params: TrainCam, root: Path) -> None:
         tracked.table("per_class", [row for entry in finished for row in entry["per_class"]])
         tracked.artifact_file(root / "reports/train_cam/rounds.csv")
         tracked.register_model("cam", root / "models/train_cam/model.safetensors")
-    # First: what a kill leaves of the folder must not pass for a state to go on from.
-    state.unlink()
     engine.remove_resume_folder(resume)
 
 

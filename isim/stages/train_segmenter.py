@@ -18,6 +18,7 @@ from tqdm import tqdm
 from isim import (
     atomic,
     batches,
+    distributed,
     engine,
     metrics,
     pictures,
@@ -30,7 +31,7 @@ from isim.data import files
 from isim.data.dataset import CropDataset, Item, Prepared, load_prepared
 from isim.errors import UserError
 from isim.labels import seeds
-from isim.models import segmenter
+from isim.models import norm, segmenter
 from isim.params import TrainSegmenter, digest, home, label_set_path, resolve_path
 from isim.prediction import Predicted, PredictionSettings, predict
 from isim.regeneration import class_ids
@@ -84,6 +85,7 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         network, params.encoder, params.weights, weights, params.allow_decoder_weights
     )
     engine.place(network, device)
+    norm.synchronise(network)
     optimizer = segmenter_training.make_optimizer(network, params)
 
     used = [root / "data/prepared", *(sources[item.id] for item in items)]
@@ -128,7 +130,7 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
                     row = segmenter_training.train_epoch(
                         network, optimizer, crops, params, epoch, precision, device
                     )
-                    rows.append({"epoch": epoch, **row})
+                    rows.append(distributed.broadcast({"epoch": epoch, **row}))
                     engine.save_state(state, network, optimizer, progress)
                     tqdm.write(f"epoch {epoch}/{params.epochs}: loss {row['loss']:.4f}")
                 # Of a resumed run all rows again, as in train_cam.
@@ -159,6 +161,10 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
                 after = f", after dCRF {100 * figures['crf_miou']:.2f}" if crf else ""
                 tqdm.write(f"{name} on {part}: mIoU {100 * figures['miou']:.2f}{after}")
 
+        if not distributed.is_writer():
+            # The rest is published once on every disk.
+            engine.remove_resume_folder(resume)
+            return
         atomic.copy_tree(resume / "model", root / "models/train_segmenter" / name)
         atomic.copy_tree(resume / "predictions", root / "data/predictions" / name)
         reports = root / "reports/train_segmenter" / name
@@ -196,8 +202,6 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         tracked.table("per_class", per_class)
         model = root / "models/train_segmenter" / name / "model.safetensors"
         tracked.register_model(f"segmenter_{name}", model)
-    # First: what a kill leaves of the folder must not pass for a state to go on from.
-    state.unlink()
     engine.remove_resume_folder(resume)
 
 
@@ -254,14 +258,19 @@ def _folder(name: str, split: str, root: Path) -> Path:
 def _write_seeds(
     items: Sequence[Item], cams: dict[str, Path], threshold: float, folder: Path
 ) -> dict[str, Path]:
-    """Make the label maps of the stored CAMs that are not in `folder` yet (spec 5)."""
+    """Make the label maps of the stored CAMs that are not in `folder` yet (spec 5).
+
+    Each process of a run makes its share of them.
+    """
     labels = {item.id: folder / f"{item.id}.png" for item in items}
-    for item in tqdm(items, "seeds", leave=False, disable=None):
-        if not labels[item.id].exists():
-            ids = class_ids(item)
-            planes, size = files.read_cam_of(cams[item.id], item.image, ids)
-            seed = seeds.seed(seeds.grow(planes, size), ids, threshold)
-            files.write_label_map(labels[item.id], seed)
+    done = set(distributed.broadcast([path.stem for path in folder.glob("*.png")]))
+    missing = distributed.mine([item for item in items if item.id not in done])
+    for item in tqdm(missing, "seeds", leave=False, disable=None):
+        ids = class_ids(item)
+        planes, size = files.read_cam_of(cams[item.id], item.image, ids)
+        seed = seeds.seed(seeds.grow(planes, size), ids, threshold)
+        files.write_label_map(labels[item.id], seed)
+    distributed.share(folder, "*.png")
     return labels
 
 

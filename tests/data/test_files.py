@@ -62,6 +62,20 @@ def test_image_is_rgb_and_ignores_exif_orientation(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
 
 
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [(None, (80, 120)), ((41, 60), (80, 120)), ((40, 60), (40, 60)), ((13, 20), (20, 30))],
+)
+def test_a_large_jpeg_may_be_decoded_smaller_but_never_below_what_is_asked(tmp_path, least, size):
+    ramp = np.tile(np.linspace(0, 240, 120, dtype=np.uint8)[None, :, None], (80, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=95)
+    image = read_image(tmp_path / "a.jpg", least)
+    assert image.shape == (*size, 3)
+    assert np.abs(image[0, :, 0] - np.linspace(0, 240, size[1])).max() < 8
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png", least), ramp)
+
+
 def test_grey_image_becomes_three_channels(tmp_path):
     Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
     assert np.array_equal(read_image(tmp_path / "grey.png"), np.full((4, 5, 3), 9, np.uint8))

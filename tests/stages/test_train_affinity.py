@@ -148,11 +148,11 @@ def test_crops_have_labels_of_the_map(finished_project, tiny):
     for index in range(4):
         drawn, whole = crops[index], full[index]
         assert torch.equal(drawn["image"], whole["image"])
-        assert drawn["label"].shape == (6, 6) and drawn["label"].dtype == torch.int64
+        assert drawn["label"].shape == (6, 6) and drawn["label"].dtype == torch.uint8
         expected = torch.nn.functional.interpolate(
             whole["label"][None, None].float(), (6, 6), mode="nearest-exact"
         )
-        assert torch.equal(drawn["label"], expected[0, 0].long())
+        assert torch.equal(drawn["label"], expected[0, 0].byte())
 
 
 def test_training_on_good_cams_lowers_the_loss(exported, command, put_true_cams, recorder):

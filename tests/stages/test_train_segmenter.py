@@ -22,6 +22,7 @@ from isim.models.inference import multi_scale_probabilities
 from isim.stages import train_segmenter
 
 NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
+SPEED = ("seconds", "images_per_second", "waiting_share")
 PATHS = {name: params.label_set_path(name) for name in (*NAMES, "last_round")}
 
 
@@ -120,7 +121,7 @@ def test_every_label_set_leaves_a_model_predictions_and_reports(name, segmented)
     with (reports / "epochs.csv").open(newline="") as file:
         epochs = list(csv.DictReader(file))
     assert [row["epoch"] for row in epochs] == ["1", "2"]
-    assert list(epochs[0]) == ["epoch", "loss", "rate", "seconds", "images_per_second"]
+    assert list(epochs[0]) == ["epoch", "loss", "rate", *SPEED]
     # The first epoch's last step: the second of four, or with 14 images the first of two.
     factor = 1.0 if name == "random_walk_crf" else (1 - 1 / 4) ** 0.9
     assert float(epochs[0]["rate"]) == pytest.approx(0.01 * factor)
