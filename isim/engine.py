@@ -143,7 +143,7 @@ def start_loader(_: int) -> None:
 
 
 def worker_count() -> int:
-    """Helpers of this process, threads or processes: `$ISIM_WORKERS`, else its share of the cores.
+    """Helpers of this process: `$ISIM_WORKERS`, else its share of the usable CPU cores.
 
     Raises:
         UserError: `$ISIM_WORKERS` is no number of at least 0.

@@ -47,9 +47,9 @@ from isim.workers import (
 
 # Thresholds that a round's CAMs are scored at, to find the best one on the ground truth.
 SWEEP = np.round(np.arange(0.05, 0.601, 0.05), 2).astype(np.float32)
-# Images between two trims of the heap: measured after every image, trimming costs about 20 % of a
-# regeneration's time, hence about 2.5 % after every eighth.
-TRIM_EVERY = 8
+# Images between two trims of the heap, a gigabyte which is then cleared again: after every eighth
+# image that costs about an eighth of the time, after every 64th 2 %.
+TRIM_EVERY = 64
 
 # Images whose results leave a GPU together, and whose dCRF is computed there together.
 GROUP = 32
@@ -173,9 +173,10 @@ def computed(
 ) -> Iterator[tuple[Item, B]]:
     """Run a network's function over images; yield each item with its result.
 
-    On the CPU `engine.worker_count()` threads take an image each, with one OpenMP thread:
-    results then do not depend on the number of threads, and nothing waits for the slowest part
-    of an operation. On a GPU this thread takes batches of images of one size, decoded ahead.
+    On the CPU `engine.worker_count()` threads take an image each, with one OpenMP thread. On two
+    cores that is as fast as threads inside each operation; results do not depend on their number,
+    and other work fills whatever time is left. On a
+    GPU this thread takes batches of images of one size, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
@@ -195,7 +196,7 @@ def computed(
     else:
         stream = _computed_in_batches(function, items, device)
     for number, result in enumerate(stream):
-        if number % TRIM_EVERY == 0:
+        if number % TRIM_EVERY == TRIM_EVERY - 1:
             engine.trim_freed_memory()
         yield result
 
