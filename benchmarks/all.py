@@ -18,7 +18,7 @@ import harness
 # Files beside this one, with options that make all of them take less than ten minutes on two cores.
 RUNS = (
     ("crf.py", "--images", "6"),
-    ("regeneration.py", "--images", "8"),
+    ("regeneration.py", "--images", "4"),
     ("random_walk.py",),
     ("training.py",),
     ("crf_gpu.py",),

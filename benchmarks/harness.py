@@ -105,7 +105,9 @@ def machine() -> str:
     """Processor and versions, one line."""
     import torch
 
-    cpus = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpus = f"{len(os.sched_getaffinity(0))} cores of {next(names, platform.machine())}"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpus}{gpu}, torch {torch.__version__}, Python {platform.python_version()}"
 

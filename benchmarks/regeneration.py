@@ -196,13 +196,13 @@ def overlap(bench: Bench, precision: str, data: str, repeats: int) -> Row:
     print("wall, slowest part alone, own CPU seconds / cores, all CPU seconds / cores:")
     for row in measured:
         print("  " + ", ".join(f"{value:.2f} s" for value in row))
-    ratios = sorted(max(slowest, busy) / wall for wall, slowest, _, busy in measured)
+    ratios = sorted(max(slowest, own) / wall for wall, slowest, own, _ in measured)
     wall, slowest, own, busy = (statistics.median(c) for c in zip(*measured, strict=True))
     units = len(bench.chosen)
     return Row(
         "regeneration: least / wall",
         data,
-        max(slowest, busy) / units,
+        max(slowest, own) / units,
         wall / units,
         statistics.median(ratios),
         ratios[0],

@@ -7,6 +7,7 @@ flight, so memory does not grow with the data set.
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -208,7 +209,7 @@ def _computed_in_threads(
         pixels = torch.from_numpy(files.read_image(item.image))
         return function([item], pixels.permute(2, 0, 1)[None])[0]
 
-    threads = engine.worker_count()
+    threads = _threads(items)
     with engine.intra_op_threads(1), engine.keep_freed_memory():
         if threads == 0:
             yield from ((item, compute(item)) for item in items)
@@ -217,6 +218,16 @@ def _computed_in_threads(
             ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
         ) as pool:
             yield from ahead(pool, compute, items, 2 * threads)
+
+
+def _threads(items: Sequence[Item]) -> int:
+    """Threads that take whole images: as many as torch's, of which half the memory holds."""
+    if not items or engine.worker_count() == 0:
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    height, width = files.image_size(items[0].image)
+    fitting = memory // distributed.local_world() // (BYTES_PER_PIXEL * height * width)
+    return max(1, min(torch.get_num_threads(), fitting))
 
 
 def _computed_in_batches(

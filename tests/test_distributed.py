@@ -269,7 +269,8 @@ def test_hosts_whose_inputs_differ_are_refused(copies, run):
     assert [rank["code"] for rank in ranks] == [2, 2]
     # Once on every host.
     assert all("the hosts of this run differ" in rank["said"] for rank in ranks)
-    assert [rank["said"].count("\n") for rank in ranks] == [1, 1], ranks
+    # A command has silenced PyTorch's own warnings before it loads PyTorch, unlike these forks.
+    assert [rank["said"].count("isim: error") for rank in ranks] == [1, 1], ranks
 
 
 def test_hosts_of_another_network_or_other_rounds_are_refused_at_once(frozen, tmp_path, run):

@@ -152,7 +152,9 @@ def _batches(images: Sequence[Tensor], counts: Sequence[int], settings: Crf) -> 
         )
     budget, device = BUDGET, images[0].device
     if device.type == "cuda":
-        budget = min(budget, torch.cuda.mem_get_info(device)[0] // 2)
+        # What torch holds for the next tensors is free, too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(budget, (torch.cuda.mem_get_info(device)[0] + held) // 2)
     for count, group in itertools.groupby(several, key=lambda i: counts[i]):
         most_pixels = budget // (BYTES_OF_PIXEL + BYTES_OF_CHANNEL * (count - 1))
         chosen: list[int] = []
