@@ -5,12 +5,14 @@ ratios of neighbouring runs, with the smallest and the largest beside it.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -85,6 +87,38 @@ def seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+class Apart:
+    """Actions in a process of their own, forked when this is made.
+
+    For a reference that must not feel how isim sets up its process (malloc, threads). Make it
+    before anything is computed: threads do not survive a fork.
+
+    Args:
+        setup: Called there before the first action; returns the actions by name.
+    """
+
+    def __init__(self, setup: Callable[[], dict[str, Callable[[], object]]]) -> None:
+        """Fork the process."""
+        context = multiprocessing.get_context("fork")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(setup, there), daemon=True)
+        self._process.start()
+
+    @staticmethod
+    def _serve(setup: Callable[[], dict[str, Callable[[], object]]], there: Connection) -> None:
+        name = there.recv_bytes().decode()
+        actions = setup()
+        while True:
+            actions[name]()
+            there.send_bytes(b"done")
+            name = there.recv_bytes().decode()
+
+    def run(self, name: str) -> None:
+        """Run an action there and wait for its end."""
+        self._here.send_bytes(name.encode())
+        self._here.recv_bytes()
 
 
 def report(rows: Sequence[Row]) -> None:

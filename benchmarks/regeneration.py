@@ -1,12 +1,12 @@
 """CAM inference and a whole regeneration against the field's straightforward way.
 
 The reference does one image at a time: one batch of an image and its mirror image a scale in
-NCHW fp32 with all classes, then pydensecrf, in one process. Both sides make the same labels from
-the same network and images, in turn, in this run.
+NCHW fp32 with all classes, then pydensecrf, in a process of its own, which isim's way with malloc
+and threads does not reach. Both sides make the same labels from the same network and images, in
+turn, in this run.
 
 `overlap` compares a regeneration's wall time with the least that it could be: its slowest part
-alone, or its CPU seconds spread over all cores (what other processes took meanwhile included,
-since nobody else could have it).
+alone, or its CPU seconds spread over all cores.
 
     python benchmarks/regeneration.py --images 16
     python benchmarks/regeneration.py --encoder resnet50.tv_in1k --images 500     # on a GPU
@@ -17,6 +17,7 @@ import os
 import resource
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,12 +233,22 @@ def main() -> None:
     parser.add_argument("--encoder", default="mobilenetv2_100")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        device = engine.default_device()
-        plain, config = network(options.encoder)
-        ours, _ = network(options.encoder)
-        engine.place(ours, device)
-        chosen = harness.items(options.images, Path(name))
-        bench = Bench(chosen, plain.to(device), ours, config, device, Path(name))
+
+        def make() -> Bench:
+            device = engine.default_device()
+            plain, config = network(options.encoder)
+            ours, _ = network(options.encoder)
+            engine.place(ours, device)
+            items = harness.items(options.images, Path(name))
+            return Bench(items, plain.to(device), ours, config, device, Path(name))
+
+        def actions() -> dict[str, Callable[[], object]]:
+            plain = make()
+            return {"cams": plain.reference_planes, "all": plain.regenerate_reference}
+
+        reference = harness.Apart(actions)
+        bench = make()
+        chosen, device = bench.chosen, bench.device
         data = f"{harness.data_name(chosen)}, {options.encoder}, 4 scales x flip"
         precision = engine.resolve_precision("auto", device)
         print(f"{harness.machine()}, {engine.worker_count()} helpers")
@@ -253,7 +264,7 @@ def main() -> None:
                 harness.compare(
                     f"CAM inference, {each}",
                     data,
-                    bench.reference_planes,
+                    partial(reference.run, "cams"),
                     partial(bench.planes, each),
                     len(chosen),
                     options.repeats,
@@ -270,7 +281,7 @@ def main() -> None:
             harness.compare(
                 f"regeneration, {precision}",
                 data,
-                bench.regenerate_reference,
+                partial(reference.run, "all"),
                 lambda: bench.regenerate(precision),
                 len(chosen),
                 options.repeats,

@@ -23,7 +23,8 @@ from isim.data.dataset import Item, load_prepared
 from isim.labels import random_walk
 from isim.models import affinity
 from isim.params import load, resolve_path
-from isim.regeneration import class_ids, computed
+from isim.regeneration import class_ids
+from isim.stream import computed
 
 BETAS, STEPS_LOG2 = (4, 8, 16, 32), (4, 6, 8)
 ALPHAS, THRESHOLDS = (2, 4, 8, 16), (0.2, 0.3, 0.4, 0.5)

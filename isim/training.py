@@ -19,7 +19,7 @@ from isim.models.cam import CamConfig, CamNetwork
 from isim.models.inference import normalize
 from isim.models.losses import modified_cross_entropy
 from isim.params import TrainCam
-from isim.regeneration import ahead
+from isim.stream import ahead
 
 
 def make_optimizer(network: CamNetwork, params: TrainCam) -> torch.optim.SGD:

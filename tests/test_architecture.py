@@ -52,6 +52,7 @@ LEVELS = [
         "isim.meter",
     },
     {"isim.affinity_workers", "isim.walk_workers"},
+    {"isim.stream"},
     {"isim.regeneration"},
     {"isim.training", "isim.segmenter_training", "isim.prediction"},
     {"isim.stages"},

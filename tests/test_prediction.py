@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from isim import engine, prediction, regeneration
+from isim import engine, prediction, stream
 from isim.data.dataset import load_prepared
 from isim.errors import UserError
 from isim.labels import crf
@@ -92,7 +92,7 @@ def test_the_gpu_s_groups_make_the_same_label_maps(run, tmp_path, monkeypatch):
     monkeypatch.setattr("isim.gpu.crf.refine_soft_batch", refine_soft_batch)
     monkeypatch.setattr(prediction, "refines_on_gpu", lambda *_: True)
     monkeypatch.setattr(prediction, "group_size", lambda _: 3)
-    monkeypatch.setattr(prediction, "computed", regeneration._computed_in_batches)
+    monkeypatch.setattr(prediction, "computed", stream._computed_in_batches)
     monkeypatch.setattr("isim.workers.crf", None)
     assert same(run(tmp_path / "gpu", 2), alone)
     assert max(groups) == 3 and 3 * (len(groups) - 1) < sum(groups) <= 3 * len(groups)

@@ -13,23 +13,15 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from isim import engine, metrics, regeneration
+from isim import engine, metrics, regeneration, stream
 from isim.data.dataset import Item, load_prepared
 from isim.data.files import read_cam, read_image, read_label_map
 from isim.errors import UserError
 from isim.labels import crf, seeds
 from isim.models import cam
 from isim.models.inference import multi_scale_cam
-from isim.regeneration import (
-    CamSettings,
-    ahead,
-    cams,
-    class_ids,
-    delivered,
-    refine_all,
-    regenerate,
-    score_seeds,
-)
+from isim.regeneration import CamSettings, cams, class_ids, refine_all, regenerate, score_seeds
+from isim.stream import ahead, delivered
 from isim.workers import RefineTask, dense, sparse
 
 CPU = torch.device("cpu")
@@ -319,7 +311,7 @@ def test_a_gpu_gets_batches_of_one_size_and_bounded_pixels(tmp_path, monkeypatch
         batches.append(images)
         return [int(image.float().mean()) for image in images]
 
-    found = list(regeneration._computed_in_batches(means, chosen, CPU))
+    found = list(stream._computed_in_batches(means, chosen, CPU))
     assert [(item.id, value) for item, value in found] == [(str(n), n) for n in range(9)]
     assert [len(images) for images in batches] == [2, 2, 1, 2, 1, 1]
     assert {images.shape[1:] for images in batches} == {(3, *size) for size in sizes}
@@ -327,7 +319,7 @@ def test_a_gpu_gets_batches_of_one_size_and_bounded_pixels(tmp_path, monkeypatch
 
 def test_results_leave_a_gpu_in_order_a_group_behind():
     """The next group's work is launched before the last one's results are waited for."""
-    assert regeneration.group_size(CPU) == 1 < regeneration.group_size(torch.device("cuda"))
+    assert stream.group_size(CPU) == 1 < stream.group_size(torch.device("cuda"))
     done = []
 
     def launch(group):
@@ -365,7 +357,7 @@ def test_the_gpu_s_batches_make_the_same_labels(
     monkeypatch.setattr("isim.gpu.crf.refine_batch", refine_batch)
     monkeypatch.setattr(regeneration, "refines_on_gpu", lambda *_: True)
     monkeypatch.setattr(regeneration, "group_size", lambda _: 5)
-    monkeypatch.setattr(regeneration, "computed", lambda *a: regeneration._computed_in_batches(*a))
+    monkeypatch.setattr(regeneration, "computed", lambda *a: stream._computed_in_batches(*a))
     monkeypatch.setattr("isim.workers.crf", None)
     scores = make(model, items, tmp_path, tiny, {items[3].id})
     assert groups == [5, 5, 5, 1]
@@ -374,8 +366,8 @@ def test_the_gpu_s_batches_make_the_same_labels(
 
 
 def test_the_gpu_s_share_of_memory_bounds_a_batch(monkeypatch):
-    assert regeneration.batch_pixels(CPU) == regeneration.FILLING_PIXELS
-    for memory, expected in ((8e9, 488_281), (141e9, regeneration.FILLING_PIXELS)):
+    assert stream.batch_pixels(CPU) == stream.FILLING_PIXELS
+    for memory, expected in ((8e9, 488_281), (141e9, stream.FILLING_PIXELS)):
         properties = SimpleNamespace(total_memory=int(memory))
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, p=properties: p)
-        assert regeneration.batch_pixels(torch.device("cuda")) == expected
+        assert stream.batch_pixels(torch.device("cuda")) == expected

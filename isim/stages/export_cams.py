@@ -20,17 +20,8 @@ from isim.gpu import seeds
 from isim.journal import Journal
 from isim.models import cam
 from isim.params import ExportCams, digest, home, resolve_path
-from isim.regeneration import (
-    CamSettings,
-    Host,
-    cam_maker,
-    class_ids,
-    computed,
-    delivered,
-    group_size,
-    in_workers,
-    to_host,
-)
+from isim.regeneration import CamSettings, cam_maker, class_ids
+from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
 from isim.workers import ScoreTask, dense, score, sparse
 
 

@@ -26,8 +26,9 @@ from isim.labels import crf
 from isim.models import affinity, folding
 from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.params import RandomWalk, digest, home, resolve_path
-from isim.regeneration import Host, class_ids, computed, delivered, group_size, in_workers, to_host
+from isim.regeneration import class_ids
 from isim.splits import Confusions, Parts
+from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
 from isim.walk_workers import WalkTask, planes_to_walk, walk_image
 from isim.workers import dense
 

@@ -29,7 +29,8 @@ from isim.meter import Meter
 from isim.models import affinity, cam, norm
 from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss, pair_affinity
 from isim.params import TrainAffinity, digest, home, resolve_path
-from isim.regeneration import class_ids, in_workers
+from isim.regeneration import class_ids
+from isim.stream import in_workers
 from isim.workers import dense
 
 
