@@ -300,8 +300,8 @@ def test_a_gpu_gets_batches_of_one_size_and_bounded_pixels(tmp_path, monkeypatch
         chosen.append(Item(str(number), tmp_path / f"{number}.png", None, None))
     read = []
     monkeypatch.setattr("isim.data.files.read_image", lambda p: read.append(p) or read_image(p))
-    monkeypatch.setattr(regeneration, "DECODED_AHEAD", 2)
-    monkeypatch.setattr(regeneration, "FILLING_PIXELS", 2 * 20 * 30)
+    monkeypatch.setattr(stream, "DECODED_AHEAD", 2)
+    monkeypatch.setattr(stream, "FILLING_PIXELS", 2 * 20 * 30)
     batches = []
 
     def means(batch, images):
