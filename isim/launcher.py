@@ -51,8 +51,6 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
 
     from isim.distributed import LOST
 
-    # This process does nothing else.
-    logging.disable(logging.CRITICAL)
     complaint = io.StringIO()
     arguments = None
     with contextlib.redirect_stderr(complaint), contextlib.suppress(SystemExit):
@@ -60,6 +58,8 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
     if arguments is None:
         last = (complaint.getvalue().strip().splitlines() or ["see `torchrun --help`"])[-1]
         raise UserError(f"ISIM_TORCHRUN: {last.rpartition('error: ')[2]}")
+    # This process does nothing else.
+    logging.disable(logging.CRITICAL)
     try:
         run(arguments)
     except SignalException as error:
