@@ -23,7 +23,6 @@ from isim.data.dataset import Item
 from isim.gpu.crf import refine_batch
 from isim.labels import crf
 from isim.params import Crf
-from isim.regeneration import class_ids
 
 PAPER = Crf(
     backend="pydensecrf",
@@ -64,7 +63,7 @@ def main() -> None:
         chosen = harness.items(arguments.images, Path(folder))
         pictures = [files.read_image(item.image) for item in chosen]
         seeds = [seed(item) for item in chosen]
-    ids = [class_ids(item) for item in chosen]
+    ids = [item.class_ids for item in chosen]
 
     def refine() -> list[np.ndarray]:
         labels: list[np.ndarray] = []

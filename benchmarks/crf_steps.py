@@ -20,7 +20,6 @@ from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.labels import crf, seeds
 from isim.params import Evaluate, load, resolve_path
-from isim.regeneration import class_ids
 
 STEPS = tuple(range(11))
 
@@ -28,7 +27,7 @@ STEPS = tuple(range(11))
 def score(item: Item, cams: Path, params: Evaluate, num_labels: int) -> NDArray[np.int64]:
     """(steps, L, L) confusion matrices of an image."""
     assert item.mask is not None
-    ids = class_ids(item)
+    ids = item.class_ids
     planes, size = files.read_cam_of(cams / f"{item.id}.npz", item.image, ids)
     seed = seeds.seed(seeds.grow(planes, size), ids, params.threshold)
     truth = files.read_truth(item.mask, size, num_labels)

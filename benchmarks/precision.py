@@ -20,7 +20,7 @@ from isim.data import files
 from isim.data.dataset import Item
 from isim.gpu import seeds
 from isim.models import cam
-from isim.regeneration import SWEEP, CamSettings, cams, class_ids
+from isim.regeneration import SWEEP, CamSettings, cams
 
 SCALES = (1.0, 0.5, 1.5, 2.0)
 
@@ -34,7 +34,7 @@ def sweep(checkpoint: Path, items: Sequence[Item], precision: str) -> np.ndarray
     total = np.zeros((len(SWEEP), labels, labels), np.int64)
     for item, planes in cams(network, config, items, CamSettings(SCALES, True, precision), device):
         assert item.mask is not None
-        best, height = seeds.peak(planes, torch.from_numpy(class_ids(item)))
+        best, height = seeds.peak(planes, torch.from_numpy(item.class_ids))
         levels = seeds.levels(height, SWEEP.tolist()).cpu().numpy()
         truth = files.read_truth(item.mask, levels.shape, labels)
         total += metrics.level_confusion(truth, best.cpu().numpy(), levels, len(SWEEP), labels)

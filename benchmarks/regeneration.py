@@ -36,8 +36,9 @@ from isim.data.dataset import Item
 from isim.labels import crf, seeds
 from isim.models import cam
 from isim.params import Crf, resolve_path
-from isim.regeneration import CamSettings, Scores, cams, class_ids, refine_all, regenerate
-from isim.workers import RefineTask
+from isim.regeneration import CamSettings, Scores, cams, regenerate
+from isim.stream import in_workers
+from isim.workers import RefineTask, refine_image
 
 SCALES = (1.0, 0.5, 1.5, 2.0)
 THRESHOLD = 0.3
@@ -83,7 +84,7 @@ def reference_cam(
         maps = F.conv2d(net.encoder(views)[-1], net.classifier.weight).relu()
         summed = maps[:1] + maps[1:].flip(-1)
         total += F.interpolate(summed, (height, width), mode="bilinear")[0]
-    planes = total[torch.from_numpy(class_ids(item) - 1)]
+    planes = total[torch.from_numpy(item.class_ids - 1)]
     return (planes / (planes.amax((1, 2), keepdim=True) + 1e-5)).cpu().numpy()
 
 
@@ -110,7 +111,7 @@ class Bench:
 
     def seeds(self, planes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Seeds of CAMs."""
-        return {i.id: seeds.seed(planes[i.id], class_ids(i), THRESHOLD) for i in self.chosen}
+        return {i.id: seeds.seed(planes[i.id], i.class_ids, THRESHOLD) for i in self.chosen}
 
     def miou(self, labels: dict[str, np.ndarray]) -> float:
         """Score label maps against the ground truth, in points."""
@@ -143,7 +144,7 @@ class Bench:
         settings = CRF.model_copy(update={"backend": "pydensecrf"})
         for item in self.chosen:
             assert item.mask is not None
-            ids = class_ids(item)
+            ids = item.class_ids
             planes = reference_cam(self.plain, self.config, item, self.device)
             label = seeds.seed(planes, ids, THRESHOLD)
             label = crf.refine(files.read_image(item.image), label, ids, settings)
@@ -160,7 +161,7 @@ class Bench:
                     item.id,
                     item.image,
                     made[item.id],
-                    class_ids(item),
+                    item.class_ids,
                     CRF,
                     item.mask,
                     Path(out) / f"{item.id}.png",
@@ -168,7 +169,7 @@ class Bench:
                 )
                 for item in self.chosen
             )
-            for _ in refine_all(tasks, CRF):
+            for _ in in_workers(refine_image, tasks, crf.in_threads(CRF)):
                 pass
 
 

@@ -23,7 +23,6 @@ from isim.data.dataset import Item, load_prepared
 from isim.labels import random_walk
 from isim.models import affinity
 from isim.params import load, resolve_path
-from isim.regeneration import class_ids
 from isim.stream import computed
 
 BETAS, STEPS_LOG2 = (4, 8, 16, 32), (4, 6, 8)
@@ -47,7 +46,7 @@ def score(checkpoint: Path, items: tuple[Item, ...], split: str, num_labels: int
     for item, found in computed(affinities_of, items, device):
         assert item.mask is not None
         affinities = found.cpu().numpy()
-        ids = class_ids(item)
+        ids = item.class_ids
         path = Path("data/cams") / split / f"{item.id}.npz"
         planes, size = files.read_cam_of(path, item.image, ids)
         truth = files.read_truth(item.mask, size, num_labels)

@@ -371,28 +371,9 @@ def run_digest(
     Raises:
         UserError: Hosts of this run differ in any of these.
     """
-    # Hashing is for one process of a disk.
-    own = None
-    if distributed.is_writer():
-        own = _digest(section_digest, inputs, code, device, precision)
-    found = {found for found in distributed.gather(own) if found}
-    if len(found) > 1:
-        raise UserError(
-            "the hosts of this run differ in params.yaml, code, inputs (data/, models/), torch or "
-            "kind of device; bring them to the same state (`git pull`, `dvc pull`)"
-        )
-    return found.pop()
-
-
-def _digest(
-    section_digest: str,
-    inputs: Sequence[Path],
-    code: Sequence[Path],
-    device: torch.device,
-    precision: str,
-) -> str:
     total = hashlib.sha256(section_digest.encode())
-    for path in [*inputs, *code]:
+    # Hashing is for one process of a disk.
+    for path in [*inputs, *code] if distributed.is_writer() else ():
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 total.update(file.name.encode())
@@ -401,7 +382,14 @@ def _digest(
     # change the last bits of it alone, so that a run may go on with others.
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     total.update(f"{torch.__version__} {kind} {precision}".encode())
-    return total.hexdigest()[:16]
+    own = total.hexdigest()[:16] if distributed.is_writer() else None
+    found = {found for found in distributed.gather(own) if found}
+    if len(found) > 1:
+        raise UserError(
+            "the hosts of this run differ in params.yaml, code, inputs (data/, models/), torch or "
+            "kind of device; bring them to the same state (`git pull`, `dvc pull`)"
+        )
+    return found.pop()
 
 
 def code_files(stage: str) -> list[Path]:

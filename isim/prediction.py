@@ -26,9 +26,8 @@ from isim.models import folding
 from isim.models.inference import multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import Crf
-from isim.regeneration import refines_on_gpu
 from isim.splits import Parts
-from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
+from isim.stream import Host, computed, delivered, group_size, in_workers, refines_on_gpu, to_host
 from isim.workers import PredictionTask, dense, finish_prediction
 
 

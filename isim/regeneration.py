@@ -4,7 +4,7 @@ The network goes on to the next images while helpers refine, write and score the
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,8 @@ from isim.models import folding
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.inference import multi_scale_cams
 from isim.params import Crf
-from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
+from isim.stream import Host, computed, delivered, group_size, in_workers, refines_on_gpu, to_host
 from isim.workers import (
-    RefineResult,
     RefineTask,
     ScoreTask,
     Sweep,
@@ -100,11 +99,6 @@ class _Seed(NamedTuple):
     cam: Tensor | None
 
 
-def class_ids(item: Item) -> NDArray[np.int64]:
-    """Labels 1..K of an image's classes, ascending. Raises UserError where they are unknown."""
-    return np.flatnonzero(item.known_label) + 1
-
-
 def cams(
     network: CamNetwork,
     config: CamConfig,
@@ -134,7 +128,7 @@ def cam_maker(
     )
 
     def make(items: Sequence[Item], images: Tensor) -> list[Tensor]:
-        ids = [torch.from_numpy(class_ids(item)) for item in items]
+        ids = [torch.from_numpy(item.class_ids) for item in items]
         with engine.autocast(settings.precision, device):
             return multi_scale_cams(prepared, config, images, ids, settings.scales, settings.flip)
 
@@ -194,7 +188,7 @@ def regenerate(
         def seeds_of(batch: Sequence[Item], images: Tensor) -> list[_Seed]:
             found = []
             for item, image, cam in zip(batch, images, make(batch, images), strict=True):
-                best, height = gpu_seeds.peak(cam, torch.from_numpy(class_ids(item)))
+                best, height = gpu_seeds.peak(cam, torch.from_numpy(item.class_ids))
                 seed = gpu_seeds.cut(best, height, threshold)
                 maps = torch.stack([seed, best, gpu_seeds.levels(height, SWEEP.tolist())])
                 kept = cam if item.id in pictured else None
@@ -216,7 +210,7 @@ def regenerate(
 
         def task(item: Item, maps: Host, cam: Host | None, label: Host | None) -> RefineTask:
             seed, best, levels = maps()
-            ids = class_ids(item)
+            ids = item.class_ids
             if cam is not None:
                 files.write_cam(scratch / f"{item.id}.npz", cam(), ids, seed.shape)
             return RefineTask(
@@ -289,7 +283,7 @@ def score_seeds(
 
     def seeds_of(batch: Sequence[Item], images: Tensor) -> list[Tensor]:
         return [
-            gpu_seeds.cut(*gpu_seeds.peak(cam, torch.from_numpy(class_ids(item))), threshold)
+            gpu_seeds.cut(*gpu_seeds.peak(cam, torch.from_numpy(item.class_ids)), threshold)
             for item, cam in zip(batch, make(batch, images), strict=True)
         ]
 
@@ -309,22 +303,12 @@ def score_seeds(
     return metrics.miou(distributed.sum_array(confusion))
 
 
-def refines_on_gpu(crf: Crf, device: torch.device) -> bool:
-    """Tell whether the dCRF is computed on the network's GPU."""
-    return device.type == "cuda" and crf.backend in ("auto", "torch")
-
-
 def _refine_on_gpu(group: Sequence[tuple[Item, _Seed]], crf: Crf) -> list[Tensor]:
     from isim.gpu.crf import refine_batch
 
     return refine_batch(
         [seed.image for _, seed in group if seed.image is not None],
         [seed.maps[0] for _, seed in group],
-        [class_ids(item) for item, _ in group],
+        [item.class_ids for item, _ in group],
         crf,
     )
-
-
-def refine_all(tasks: Iterable[RefineTask], crf: Crf) -> Iterator[RefineResult]:
-    """Run `refine_image` over a stream of tasks with the settings `crf`, as `in_workers` does."""
-    return in_workers(refine_image, tasks, cpu_crf.in_threads(crf))

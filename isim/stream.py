@@ -25,6 +25,7 @@ from isim import distributed, engine
 from isim.data import files
 from isim.data.dataset import Item
 from isim.errors import UserError
+from isim.params import Crf
 from isim.workers import start_worker
 
 # Images between two trims of the heap, a gigabyte which is then cleared again: after every eighth
@@ -52,10 +53,10 @@ def computed(
 ) -> Iterator[tuple[Item, B]]:
     """Run a network's function over images; yield each item with its result.
 
-    On the CPU `engine.worker_count()` threads take an image each, with one OpenMP thread. On two
+    On the CPU as many threads as torch has take an image each, with one OpenMP thread. On two
     cores that is as fast as threads inside each operation; results do not depend on their number,
-    and other work fills whatever time is left. On a
-    GPU this thread takes batches of images of one size, decoded ahead.
+    and other work fills whatever time is left. On a GPU this thread takes batches of images of
+    one size, decoded ahead.
 
     The largest images come first: smaller ones then find room in the memory that those have
     freed, and images of one size follow one another, whose convolutions are prepared once.
@@ -153,6 +154,11 @@ def _of_one_size(
 def _size_order(image: Path) -> tuple[int, int]:
     height, width = files.image_size(image)
     return -height * width, height
+
+
+def refines_on_gpu(crf: Crf, device: torch.device) -> bool:
+    """Tell whether the dCRF is computed on the network's GPU."""
+    return device.type == "cuda" and crf.backend in ("auto", "torch")
 
 
 def group_size(device: torch.device) -> int:

@@ -147,11 +147,10 @@ def finished_project(prepared_project, tmp_path_factory):
 def put_true_cams():
     """A function that puts the masks of `train` in the place of a project's CAMs."""
     from isim.data import dataset, files
-    from isim.regeneration import class_ids
 
     def put(root):
         for item in dataset.load_prepared(root / "data/prepared", None).split("train"):
-            ids, truth = class_ids(item), files.read_label_map(item.mask)
+            ids, truth = item.class_ids, files.read_label_map(item.mask)
             planes = np.float32(truth[::4, ::4] == ids[:, None, None])
             files.write_cam(root / f"data/cams/train/{item.id}.npz", planes, ids, truth.shape)
 

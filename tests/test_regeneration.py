@@ -20,9 +20,9 @@ from isim.errors import UserError
 from isim.labels import crf, seeds
 from isim.models import cam
 from isim.models.inference import multi_scale_cam
-from isim.regeneration import CamSettings, cams, class_ids, refine_all, regenerate, score_seeds
-from isim.stream import ahead, delivered
-from isim.workers import RefineTask, dense, sparse
+from isim.regeneration import CamSettings, cams, regenerate, score_seeds
+from isim.stream import ahead, delivered, in_workers
+from isim.workers import RefineTask, dense, refine_image, sparse
 
 CPU = torch.device("cpu")
 SETTINGS = CamSettings((1.0, 0.5), True, "fp32")
@@ -135,7 +135,7 @@ def test_cams_of_the_pictured_images_are_kept_at_full_size(reference, items):
     assert sorted(path.name for path in scratch.glob("*.npz")) == [f"{items[3].id}.npz"]
     planes, ids, size = read_cam(scratch / f"{items[3].id}.npz")
     assert planes.shape == (len(ids), 64, 64) and size == (64, 64)
-    assert (ids == class_ids(items[3])).all()
+    assert (ids == items[3].class_ids).all()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -218,7 +218,7 @@ def test_images_are_decoded_only_a_little_ahead(model, items, monkeypatch):
     monkeypatch.setattr("isim.data.files.read_image", lambda p: read.append(p) or read_image(p))
     many = list(items) * 3
     for done, (item, planes) in enumerate(cams(*model, many, SETTINGS, CPU)):
-        assert item is many[done] and planes.shape[0] == len(class_ids(item))
+        assert item is many[done] and planes.shape[0] == len(item.class_ids)
         assert len(read) <= done + 1 + 4
     assert len(read) == 48
 
@@ -235,7 +235,7 @@ def task_of(item, tiny, **changes):
         "id": item.id,
         "image": item.image,
         "seed": np.zeros((64, 64), np.uint8),
-        "class_ids": class_ids(item),
+        "class_ids": item.class_ids,
         "settings": tiny.train_cam.crf,
         "mask": item.mask,
         "out": None,
@@ -259,13 +259,13 @@ def test_tasks_in_flight_are_bounded_and_errors_and_deaths_are_one_line(items, t
     broken = task_of(items[0], tiny, image=items[0].image.with_name("gone.jpg"))
     finished = []
     with pytest.raises(UserError, match=r"gone\.jpg does not exist") as caught:
-        for result in refine_all(tasks(broken), REFERENCE):
+        for result in in_workers(refine_image, tasks(broken), in_threads=False):
             finished.append(result.id)
             assert made <= len(finished) + 2
     assert finished == [item.id for item in items[:12]], "in order, and none is lost"
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="worker process died.*ISIM_WORKERS than 1") as caught:
-        list(refine_all([task_of(items[0], tiny), Deadly()], REFERENCE))
+        list(in_workers(refine_image, [task_of(items[0], tiny), Deadly()], in_threads=False))
     assert "\n" not in str(caught.value)
 
 
@@ -277,7 +277,7 @@ def test_an_error_of_the_stream_ends_the_helpers(items, tiny, monkeypatch):
         raise UserError("the stream broke")
 
     with pytest.raises(UserError, match="the stream broke"):
-        list(refine_all(tasks(), REFERENCE))
+        list(in_workers(refine_image, tasks(), in_threads=False))
     # concurrent.futures keeps a thread a pool; none is left.
     assert not [t for t in threading.enumerate() if "ExecutorManager" in type(t).__name__]
 

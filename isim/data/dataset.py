@@ -44,6 +44,15 @@ class Item:
             raise UserError(f"the classes of image {self.id} are unknown; use a labelled split")
         return self.image_label
 
+    @property
+    def class_ids(self) -> np.ndarray:
+        """(K',) int64 labels 1..K of the image's classes, ascending.
+
+        Raises:
+            UserError: They are unknown.
+        """
+        return np.flatnonzero(self.known_label) + 1
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -45,11 +45,13 @@ def refine(
         # One label only: its unary would be log(1 - p) / 0, and nothing is left to decide.
         return np.zeros_like(seed)
     labels = np.concatenate([[0], np.sort(class_ids)]).astype(np.uint8)
-    compact = np.searchsorted(labels, seed)
+    places = np.zeros(256, np.uint8)
+    places[labels] = np.arange(len(labels))
+    compact = places[seed]
     if in_threads(settings):
         # Energies of a label of the seed and of the others: -log p and -log((1 - p) / (n - 1)).
         own = math.log(settings.gt_prob * len(class_ids) / (1 - settings.gt_prob))
-        best = crf_compiled.best(image, compact.astype(np.uint8), len(labels), own, settings)
+        best = crf_compiled.best(image, compact, len(labels), own, settings)
     else:
         unary = unary_from_labels(compact, len(labels), settings.gt_prob, zero_unsure=False)
         best = _reference(image, unary, settings).argmax(0).reshape(seed.shape)

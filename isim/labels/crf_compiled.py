@@ -80,6 +80,7 @@ def marginals(
     return found
 
 
+@functools.cache
 def _kernel() -> Callable[..., int]:
     function = compiled.library("crf").isim_crf
     function.restype = _INT

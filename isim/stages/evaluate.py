@@ -16,11 +16,11 @@ from isim import atomic, distributed, engine, metrics, pictures, splits, trackin
 from isim.data import files
 from isim.data.dataset import Item, load_prepared
 from isim.errors import UserError
-from isim.labels import seeds
+from isim.labels import crf, seeds
 from isim.params import Evaluate, digest, home, resolve_path
-from isim.regeneration import class_ids, refine_all
 from isim.splits import Confusions, Parts
-from isim.workers import RefineTask, dense
+from isim.stream import in_workers
+from isim.workers import RefineTask, dense, refine_image
 
 
 def run(params: Evaluate, root: Path) -> None:
@@ -190,7 +190,7 @@ def _score_cams(
     def tasks() -> Iterator[RefineTask]:
         for item in own:
             assert item.mask is not None
-            ids = class_ids(item)
+            ids = item.class_ids
             planes, size = files.read_cam_of(folder / f"{item.id}.npz", item.image, ids)
             truth = files.read_truth(item.mask, size, num_labels)
             best, top = seeds.peak(seeds.grow(planes, size), ids)
@@ -209,10 +209,8 @@ def _score_cams(
             )
 
     refined = {name: np.zeros(shape[1:], np.int64) for name in parts}
-    progress = tqdm(
-        refine_all(tasks(), params.crf), folder.name, len(own), leave=False, disable=None
-    )
-    for result in progress:
+    results = in_workers(refine_image, tasks(), crf.in_threads(params.crf))
+    for result in tqdm(results, folder.name, len(own), leave=False, disable=None):
         splits.add(refined, parts, result.id, dense(result.label_counts, num_labels))
     return _over_processes(totals), _over_processes(refined)
 

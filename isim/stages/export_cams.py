@@ -20,9 +20,9 @@ from isim.gpu import seeds
 from isim.journal import Journal
 from isim.models import cam
 from isim.params import ExportCams, digest, home, resolve_path
-from isim.regeneration import CamSettings, cam_maker, class_ids
+from isim.regeneration import CamSettings, cam_maker
 from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
-from isim.workers import ScoreTask, dense, score, sparse
+from isim.workers import dense, sparse
 
 
 def run(params: ExportCams, root: Path) -> None:
@@ -129,7 +129,7 @@ def _exported(
 ) -> list[_Exported]:
     found = []
     for item, full in zip(batch, make(batch, images), strict=True):
-        ids = torch.from_numpy(class_ids(item))
+        ids = torch.from_numpy(item.class_ids)
         small = _shrink(full, params.stride)
         both = [
             seeds.cut(*seeds.peak(planes, ids), params.threshold)
@@ -154,9 +154,10 @@ def _write(folder: Path, num_labels: int, task: _Task) -> dict[str, Any]:
     line: dict[str, Any] = {"id": item.id, "full": [], "stored": []}
     size = (task.seeds.shape[1], task.seeds.shape[2])
     if item.mask is not None:
+        truth = files.read_truth(item.mask, size, num_labels)
         for name, seed in zip(("full", "stored"), task.seeds, strict=True):
-            line[name] = sparse(score(ScoreTask(item.mask, seed, num_labels)))
-    files.write_cam(folder / f"{item.id}.npz", task.planes, class_ids(item), size)
+            line[name] = sparse(metrics.confusion_matrix(truth, seed, num_labels))
+    files.write_cam(folder / f"{item.id}.npz", task.planes, item.class_ids, size)
     return line
 
 

@@ -26,7 +26,6 @@ from isim.labels import crf
 from isim.models import affinity, folding
 from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.params import RandomWalk, digest, home, resolve_path
-from isim.regeneration import class_ids
 from isim.splits import Confusions, Parts
 from isim.stream import Host, computed, delivered, group_size, in_workers, to_host
 from isim.walk_workers import WalkTask, planes_to_walk, walk_image
@@ -176,7 +175,7 @@ def _walk_split(
                 item.id,
                 item.image,
                 cams / split / f"{item.id}.npz",
-                class_ids(item),
+                item.class_ids,
                 None,
                 None,
                 config.radius,

@@ -29,7 +29,6 @@ from isim.meter import Meter
 from isim.models import affinity, cam, norm
 from isim.models.affinity import AffinityConfig, AffinityNet, affinity_loss, pair_affinity
 from isim.params import TrainAffinity, digest, home, resolve_path
-from isim.regeneration import class_ids
 from isim.stream import in_workers
 from isim.workers import dense
 
@@ -222,7 +221,7 @@ def _make_labels(
                     item.id,
                     item.image,
                     cams / f"{item.id}.npz",
-                    class_ids(item),
+                    item.class_ids,
                     params,
                     item.mask,
                     _label_path(labels, item.id),

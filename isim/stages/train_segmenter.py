@@ -34,7 +34,6 @@ from isim.labels import seeds
 from isim.models import norm, segmenter
 from isim.params import TrainSegmenter, digest, home, label_set_path, resolve_path
 from isim.prediction import Predicted, PredictionSettings, predict
-from isim.regeneration import class_ids
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
@@ -267,7 +266,7 @@ def _write_seeds(
     done = set(distributed.broadcast([path.stem for path in folder.glob("*.png")]))
     missing = distributed.mine([item for item in items if item.id not in done])
     for item in tqdm(missing, "seeds", leave=False, disable=None):
-        ids = class_ids(item)
+        ids = item.class_ids
         planes, size = files.read_cam_of(cams[item.id], item.image, ids)
         seed = seeds.seed(seeds.grow(planes, size), ids, threshold)
         files.write_label_map(labels[item.id], seed)

@@ -12,7 +12,7 @@ from isim.data.dataset import load_prepared
 from isim.data.files import read_cam
 from isim.errors import UserError
 from isim.models import cam
-from isim.regeneration import CamSettings, cams, class_ids
+from isim.regeneration import CamSettings, cams
 from isim.stages import export_cams
 
 
@@ -38,7 +38,7 @@ def test_stored_cams_are_the_areas_of_the_full_ones(trained, tiny, stride):
     assert sorted(path.name for path in (trained / "data/cams").iterdir()) == ["val"]
     for item, planes in full:
         stored, ids, size = read_cam(trained / f"data/cams/val/{item.id}.npz")
-        assert (ids == class_ids(item)).all() and size == (64, 64)
+        assert (ids == item.class_ids).all() and size == (64, 64)
         side = 64 // stride
         means = planes.view(len(ids), side, stride, side, stride).mean((2, 4))
         # Half precision, and bf16 where the machine computes it.

@@ -17,7 +17,6 @@ from isim.gpu.random_walk import walk_batch
 from isim.labels import crf, random_walk, seeds
 from isim.models import affinity
 from isim.models.inference import normalize
-from isim.regeneration import class_ids
 from isim.stages import random_walk as stage
 
 
@@ -159,7 +158,7 @@ def test_figures_are_counted_from_the_label_maps_before_and_after_the_crf(
     before, after = (labels_of(trained, split) for split in ("train", "train_crf"))
     for item in items_of(trained):
         image, settings = read_image(item.image), tiny.random_walk.crf
-        refined = crf.refine(image, before[item.id], class_ids(item), settings)
+        refined = crf.refine(image, before[item.id], item.class_ids, settings)
         assert np.array_equal(after[item.id], refined)
     assert any((before[id_] != after[id_]).any() for id_ in before)
 
