@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-# dvc.yaml runs `isim`, which must be the one of this virtual environment.
-# Network threads share the cores with dCRF workers and loaders: waiting, they must not spin.
+# Network threads share the cores with dCRF helpers and loaders: waiting, they must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
+# dvc.yaml runs `isim`, which must be the one of this virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-TRACKING := from pathlib import Path; from isim import tracking; \
-  uri = tracking.tracking_uri(Path.cwd()); tracking.create_database(uri)
+# Prints the tracking store's address; a database that several processes touch first is lost.
+STORE := from pathlib import Path; from isim.reporting import store; \
+  uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
 
 .PHONY: demo demo-evidence test lint ui bench database
 
@@ -28,15 +29,15 @@ lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	mypy
+	codespell
 
 # One worker and no job runner: starts several times faster in a quarter of the memory.
-ui: database
+ui: $(INSTALLED)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 \
-	  --backend-store-uri "$$(python -c '$(TRACKING); print(uri)')"
+	  --backend-store-uri "$$(python -c '$(STORE)')"
 
-# Made before the first run: a database that several processes touch first is lost.
 database: $(INSTALLED)
-	@python -c '$(TRACKING)'
+	@python -c '$(STORE)' >/dev/null
 
 bench: $(INSTALLED)
 	python benchmarks/all.py

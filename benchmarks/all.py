@@ -1,4 +1,4 @@
-"""Run by `make bench`: every comparison with a reference, in one table.
+"""Comparisons with references in one table, as `make bench` runs them.
 
 Each file runs in a process of its own, after the other. The table is printed and written to
 reports/benchmarks.md, with the machine and the date; docs/performance.md keeps such tables.
@@ -6,7 +6,6 @@ reports/benchmarks.md, with the machine and the date; docs/performance.md keeps 
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -39,11 +38,11 @@ def main() -> int:
             command = [sys.executable, str(Path(__file__).parent / name), *options]
             done = subprocess.run(command, env=os.environ | {"ISIM_BENCH": str(lines)})
             code = done.returncode or code
-        rows = [harness.Row(**json.loads(line)) for line in lines.read_text().splitlines()]
+        table = harness.table(harness.read_rows(lines))
     title = f"{datetime.date.today()}, {harness.machine()}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f"{title}\n\n{harness.table(rows)}\n")
-    print(f"\n{out}: {title}\n\n{harness.table(rows)}")
+    out.write_text(f"{title}\n\n{table}\n")
+    print(f"\n{out}: {title}\n\n{table}")
     return code
 
 

@@ -8,8 +8,8 @@ and the largest difference of a probability.
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,37 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isim.data import files
-from isim.data.dataset import Item
-from isim.labels import crf
+from isim.data.prepared import Item
+from isim.experiments import preset
+from isim.labels.crf import refine as crf
+from isim.metrics import BACKGROUND, IGNORE
 from isim.params import Crf
 
-# Spec 5, sets `labels` and `segmenter`; the second with the narrowest kernel there is, of a pixel.
-LABELS = Crf(
-    backend="compiled",
-    steps=10,
-    gt_prob=0.7,
-    gaussian_sxy=3,
-    gaussian_compat=3,
-    bilateral_sxy=50,
-    bilateral_srgb=5,
-    bilateral_compat=10,
-)
-SEGMENTER = LABELS.model_copy(
-    update={
-        "gaussian_sxy": 1,
-        "bilateral_sxy": 67,
-        "bilateral_srgb": 3,
-        "bilateral_compat": 4,
-    }
-)
-# Labels, kernels, what the ratio should be.
+PAPER = preset.parameters("voc-deeplabcam-resnet50")
+# Labels, kernels, what the ratio should be. The segmenter's dCRF has the narrowest kernel there
+# is, of a pixel.
 CASES = (
-    (2, LABELS, ">= 4"),
-    (3, LABELS, ">= 4"),
-    (4, LABELS, ""),
-    (6, LABELS, ""),
-    (21, LABELS, ">= 2.5"),
-    (21, SEGMENTER, ">= 2.5"),
+    (2, PAPER.crf, ">= 4"),
+    (3, PAPER.crf, ">= 4"),
+    (4, PAPER.crf, ""),
+    (6, PAPER.crf, ""),
+    (21, PAPER.crf, ">= 2.5"),
+    (21, PAPER.train_segmenter.crf, ">= 2.5"),
 )
 
 
@@ -58,59 +43,53 @@ class Sample:
 
     image: NDArray[np.uint8]
     probabilities: NDArray[np.float32]
-
-    @property
-    def seed(self) -> NDArray[np.uint8]:
-        """(H, W) most probable labels."""
-        return self.probabilities.argmax(0).astype(np.uint8)
+    seed: NDArray[np.uint8]
 
 
 def sample(item: Item, count: int, number: int) -> Sample:
     """Make probabilities of `count` labels, its own first; `number` seeds the noise."""
     assert item.mask is not None
     rng = np.random.default_rng(number)
-    image = files.read_image(item.image)
     truth = files.read_label_map(item.mask)
-    present = np.setdiff1d(np.unique(truth), [0, files.IGNORE]).tolist()
+    present = np.setdiff1d(np.unique(truth), [BACKGROUND, IGNORE]).tolist()
     others = [label for label in range(1, 256) if label not in present]
     planes = []
-    for label in [0, *(present + others)[: count - 1]]:
+    for label in [BACKGROUND, *(present + others)[: count - 1]]:
         coarse = rng.normal(0, 1, (8, 8)).astype(np.float32)
         noise = cv2.resize(coarse, truth.shape[::-1], interpolation=cv2.INTER_CUBIC)
         own = cv2.GaussianBlur((truth == label).astype(np.float32), (0, 0), 15)
         planes.append(6 * own + noise)
     scores = np.exp(np.stack(planes))
-    return Sample(image, scores / scores.sum(0))
+    probabilities = scores / scores.sum(0)
+    return Sample(
+        files.read_image(item.image), probabilities, probabilities.argmax(0).astype(np.uint8)
+    )
 
 
-def refiner(samples: list[Sample], settings: Crf, backend: str) -> Callable[[], object]:
-    """One pass over the samples by a backend."""
-    settings = settings.model_copy(update={"backend": backend})
+def refine(samples: list[Sample], settings: Crf, backend: str) -> None:
+    """Refine all samples by a backend."""
     count = len(samples[0].probabilities)
     classes = np.arange(1, count)
-    seeds = [each.seed for each in samples]
-
-    def run() -> None:
-        for each, seed in zip(samples, seeds, strict=True):
+    with harness.crf_backend(backend):
+        for each in samples:
             if count <= 6:
-                crf.refine(each.image, seed, classes, settings)
+                crf.refine(each.image, each.seed, classes, settings)
             else:
                 crf.refine_soft(each.image, each.probabilities, settings)
 
-    return run
+
+def marginals(each: Sample, settings: Crf, backend: str) -> NDArray[np.float32]:
+    """Compute a sample's (n, H * W) probabilities by a backend."""
+    energies = -np.log(np.maximum(each.probabilities, crf.LEAST_PROBABILITY))
+    with harness.crf_backend(backend):
+        return crf.marginals(each.image, energies.reshape(len(energies), -1), settings)
 
 
 def fidelity(samples: list[Sample], settings: Crf) -> str:
-    """How equal both backends' results are, in words."""
+    """Say in words how equal both backends' results are."""
     agreement, worst = [], 0.0
     for each in samples:
-        energies = -np.log(np.maximum(each.probabilities, 1e-5)).reshape(
-            len(each.probabilities), -1
-        )
-        found, expected = (
-            crf.marginals(each.image, energies, settings.model_copy(update={"backend": backend}))
-            for backend in ("compiled", "pydensecrf")
-        )
+        found, expected = (marginals(each, settings, name) for name in ("compiled", "pydensecrf"))
         agreement.append((found.argmax(0) == expected.argmax(0)).mean())
         worst = max(worst, float(np.abs(found - expected).max()))
     return (
@@ -132,19 +111,15 @@ def main() -> None:
         chosen.sort(key=lambda item: files.image_size(item.image), reverse=True)
         for count, settings, goal in CASES:
             samples = [sample(item, count, number) for number, item in enumerate(chosen)]
-            kernel = "" if settings is LABELS else ", sxy 1"
-            rows.append(
-                harness.compare(
-                    f"dCRF, {count} labels{kernel}, one core",
-                    harness.data_name(chosen),
-                    refiner(samples, settings, "pydensecrf"),
-                    refiner(samples, settings, "compiled"),
-                    len(samples),
-                    options.repeats,
-                    goal,
-                    fidelity(samples, settings),
-                )
+            kernel = "" if settings is PAPER.crf else ", sxy 1"
+            case = harness.Case(
+                f"dCRF, {count} labels{kernel}, one core",
+                harness.data_name(chosen),
+                goal,
+                fidelity(samples, settings),
             )
+            sides = (partial(refine, samples, settings, by) for by in ("pydensecrf", "compiled"))
+            rows.append(harness.compare(case, *sides, units=len(samples), repeats=options.repeats))
     harness.report(rows)
 
 

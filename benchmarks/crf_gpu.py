@@ -17,33 +17,27 @@ import cv2
 import harness
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from isim.data import files
-from isim.data.dataset import Item
-from isim.gpu.crf import refine_batch
-from isim.labels import crf
-from isim.params import Crf
+from isim.data.prepared import Item
+from isim.experiments import preset
+from isim.labels.crf import refine as crf
+from isim.labels.crf.batched import refine_batch
+from isim.metrics import BACKGROUND, IGNORE
 
-PAPER = Crf(
-    backend="pydensecrf",
-    steps=10,
-    gt_prob=0.7,
-    gaussian_sxy=3,
-    gaussian_compat=3,
-    bilateral_sxy=50,
-    bilateral_srgb=5,
-    bilateral_compat=10,
-)
+SETTINGS = preset.parameters("voc-deeplabcam-resnet50").crf
 
 
-def seed(item: Item) -> np.ndarray:
-    """(H, W) labels of the ground truth, a block of 32 pixels each."""
+def seed(item: Item) -> NDArray[np.uint8]:
+    """Make (H, W) labels of the ground truth, a block of 32 pixels each."""
     assert item.mask is not None
     truth = files.read_label_map(item.mask)
     height, width = truth.shape
-    truth[truth == 255] = 0
+    truth[truth == IGNORE] = BACKGROUND
     small = cv2.resize(truth, (-(-width // 32), -(-height // 32)), interpolation=cv2.INTER_NEAREST)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
+    grown = cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
+    return np.asarray(grown, np.uint8)
 
 
 def main() -> None:
@@ -65,43 +59,38 @@ def main() -> None:
         seeds = [seed(item) for item in chosen]
     ids = [item.class_ids for item in chosen]
 
-    def refine() -> list[np.ndarray]:
-        labels: list[np.ndarray] = []
+    def refine() -> list[NDArray[np.uint8]]:
+        labels: list[NDArray[np.uint8]] = []
         for start in range(0, len(chosen), arguments.batch):
             part = slice(start, start + arguments.batch)
             planes = [torch.from_numpy(p).to(device).permute(2, 0, 1) for p in pictures[part]]
             places = [torch.from_numpy(s).to(device) for s in seeds[part]]
-            labels += [x.cpu().numpy() for x in refine_batch(planes, places, ids[part], PAPER)]
+            labels += [x.cpu().numpy() for x in refine_batch(planes, places, ids[part], SETTINGS)]
         return labels
 
-    found = refine()
-    times = [harness.seconds(refine) for _ in range(arguments.repeats)]
-    middle = statistics.median(times)
-    print(
-        f"{harness.data_name(chosen)}: {middle:.2f} s ({min(times):.2f} .. {max(times):.2f}), "
-        f"{1000 * middle / len(chosen):.2f} ms an image, {len(chosen) / middle:.1f} images/s, "
-        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    )
     # Spread over all images.
     some = range(0, len(chosen), -(-len(chosen) // arguments.reference))
 
-    def reference() -> list[np.ndarray]:
-        return [crf.refine(pictures[i], seeds[i], ids[i], PAPER) for i in some]
+    def reference() -> list[NDArray[np.uint8]]:
+        with harness.crf_backend("pydensecrf"):
+            return [crf.refine(pictures[i], seeds[i], ids[i], SETTINGS) for i in some]
 
-    slow = harness.seconds(reference) / len(some)
+    found = refine()
     agreements = [(a == found[i]).mean() for a, i in zip(reference(), some, strict=True)]
-    row = harness.Row(
+    times = [harness.seconds(refine) / len(chosen) for _ in range(arguments.repeats)]
+    slow = harness.seconds(reference) / len(some)
+    middle = statistics.median(times)
+    print(
+        f"{harness.data_name(chosen)}: {1000 * middle:.2f} ms an image, {1 / middle:.1f} images/s, "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    )
+    case = harness.Case(
         "dCRF on a GPU against pydensecrf, one core",
         harness.data_name(chosen),
-        slow,
-        middle / len(chosen),
-        slow * len(chosen) / middle,
-        slow * len(chosen) / max(times),
-        slow * len(chosen) / min(times),
         "2.3 ms an image",
         f"same labels {100 * np.mean(agreements):.4f} %, worst {100 * min(agreements):.4f} %",
     )
-    harness.report([row])
+    harness.report([harness.row(case, [slow] * len(times), times)])
 
 
 if __name__ == "__main__":

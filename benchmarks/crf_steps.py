@@ -7,37 +7,18 @@ gives. Seeds are those of `evaluate`: the stored CAMs at its threshold. Run it w
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
+from isim import metrics, params
+from isim.data import files, prepared
+from isim.data.prepared import Item
+from isim.labels.crf import refine as crf
+from isim.labels.seeds import seeds
+from isim.passes import counts, each
+from isim.runtime.here import Here
 
-from isim import engine, metrics
-from isim.data import files
-from isim.data.dataset import Item, load_prepared
-from isim.labels import crf, seeds
-from isim.params import Evaluate, load, resolve_path
-
-STEPS = tuple(range(11))
-
-
-def score(item: Item, cams: Path, params: Evaluate, num_labels: int) -> NDArray[np.int64]:
-    """(steps, L, L) confusion matrices of an image."""
-    assert item.mask is not None
-    ids = item.class_ids
-    planes, size = files.read_cam_of(cams / f"{item.id}.npz", item.image, ids)
-    seed = seeds.seed(seeds.grow(planes, size), ids, params.threshold)
-    truth = files.read_truth(item.mask, size, num_labels)
-    image = files.read_image(item.image)
-    found = []
-    for steps in STEPS:
-        settings = params.crf.model_copy(update={"steps": steps})
-        label = crf.refine(image, seed, ids, settings)
-        found.append(metrics.confusion_matrix(truth, label, num_labels))
-    return np.stack(found)
+STEPS = range(11)
 
 
 def main() -> None:
@@ -46,23 +27,26 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--every", type=int, default=1, help="score every k-th image")
     options = parser.parse_args()
-    params = load(Path("params.yaml")).evaluate
-    prepared = load_prepared(Path("data/prepared"), partial(resolve_path, root=Path.cwd()))
-    items = [item for item in prepared.split(options.split) if item.mask][:: options.every]
-    num_labels = len(prepared.classes) + 1
-    total = np.zeros((len(STEPS), num_labels, num_labels), np.int64)
-    with ThreadPoolExecutor(max(1, engine.worker_count())) as pool:
-        work = partial(
-            score,
-            cams=Path("data/cams") / options.split,
-            params=params,
-            num_labels=num_labels,
-        )
-        for confusions in tqdm(pool.map(work, items), total=len(items), disable=None):
-            total += confusions
-    print(f"{len(items)} images of {options.split}, threshold {params.threshold}")
+    section = params.load(Path("params.yaml")).evaluate
+    data = prepared.load(Path.cwd())
+    items = [item for item in data.split(options.split) if item.mask][:: options.every]
+    num_labels = len(data.classes) + 1
+
+    def finish(item: Item) -> dict[str, Any]:
+        ids, path = item.class_ids, Path("data/cams") / options.split / f"{item.id}.npz"
+        planes, size = files.read_cam_of(path, item.image, ids)
+        seed = seeds.seed(seeds.grow(planes, size), ids, section.threshold)
+        image, labels = files.read_image(item.image), {}
+        for steps in STEPS:
+            settings = section.crf.model_copy(update={"steps": steps})
+            labels[str(steps)] = crf.refine(image, seed, ids, settings)
+        return counts.scored(item, labels, num_labels)
+
+    lines = each.image(Here(Path()), items, finish, name=None).lines
+    print(f"{len(items)} images of {options.split}, threshold {section.threshold}")
     print("| steps | mIoU | precision | recall |\n|---|---|---|---|")
-    for steps, confusion in zip(STEPS, total, strict=True):
+    for steps in STEPS:
+        confusion = counts.total(lines, str(steps), (num_labels, num_labels))
         row = metrics.segmentation_figures("", confusion)
         cells = (f"{100 * row[name]:.2f}" for name in ("miou", "precision", "recall"))
         print(f"| {steps} | {' | '.join(cells)} |")

@@ -1,85 +1,90 @@
-"""What all benchmarks share: images, alternated runs of two sides, one table.
+"""Tools of all benchmarks: images, sides that run in turn, one table.
 
 A shared machine's seconds say little: two sides run in turn, and the result is the median of the
 ratios of neighbouring runs, with the smallest and the largest beside it.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from isim.data import files, shapes
-from isim.data.dataset import Item
-from isim.params import resolve_path
+from isim.data import files
+from isim.data.prepared import Item
+from isim.data.sources import shapes
+from isim.metrics import BACKGROUND, IGNORE
+from isim.params import Shapes
+from isim.runtime.paths import resolve_path
 
 COLUMNS = ("part", "data", "reference", "isim", "ratio", "spread", "goal", "fidelity")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: seconds a unit of both sides, and the reference over isim.
+class Case(NamedTuple):
+    """Words of a line: what is compared, on which data, and how equal the results are.
 
-    `goal` is what the ratio should be, `fidelity` says how equal the results are, in words.
+    `goal` tells what the ratio should be.
     """
 
     part: str
     data: str
+    goal: str = ""
+    fidelity: str = ""
+
+
+class Row(NamedTuple):
+    """A line of the table: median seconds a unit of both sides, and the reference over isim."""
+
+    case: Case
     reference: float
     isim: float
     ratio: float
     low: float
     high: float
-    goal: str
-    fidelity: str
 
     def cells(self) -> tuple[str, ...]:
         """Texts of the columns."""
-        spread = f"{self.low:.2f} .. {self.high:.2f}"
-        times = (_duration(self.reference), _duration(self.isim))
-        return (
-            *(self.part, self.data, *times),
-            *(f"{self.ratio:.2f}", spread, self.goal, self.fidelity),
-        )
+        part, data, goal, fidelity = self.case
+        times = (_duration(self.reference), _duration(self.isim), f"{self.ratio:.2f}")
+        return part, data, *times, f"{self.low:.2f} .. {self.high:.2f}", goal, fidelity
+
+
+def row(case: Case, reference: Sequence[float], isim: Sequence[float]) -> Row:
+    """Compare the seconds a unit of neighbouring runs."""
+    ratios = [slow / fast for slow, fast in zip(reference, isim, strict=True)]
+    slow, fast, ratio = (statistics.median(values) for values in (reference, isim, ratios))
+    return Row(case, slow, fast, ratio, min(ratios), max(ratios))
 
 
 def compare(
-    part: str,
-    data: str,
+    case: Case,
     reference: Callable[[], object],
     candidate: Callable[[], object],
+    *,
     units: int,
     repeats: int,
-    goal: str = "",
-    fidelity: str = "",
 ) -> Row:
     """Run both sides in turn, after one run of each that is not counted.
 
     Args:
-        part: What is compared.
-        data: What on, in words.
+        case: Words for the table.
         reference: The straightforward way.
         candidate: Ours.
         units: Images, or what else one call works through; seconds are divided by it.
         repeats: Counted runs of each.
-        goal: What the ratio should be.
-        fidelity: How equal the results are.
     """
     reference(), candidate()
-    pairs = [(seconds(reference), seconds(candidate)) for _ in range(repeats)]
-    ratios = sorted(slow / fast for slow, fast in pairs)
-    slow, fast = (statistics.median(side) / units for side in zip(*pairs, strict=True))
-    middle = statistics.median(ratios)
-    return Row(part, data, slow, fast, middle, ratios[0], ratios[-1], goal, fidelity)
+    pairs = [(seconds(reference) / units, seconds(candidate) / units) for _ in range(repeats)]
+    return row(case, [slow for slow, _ in pairs], [fast for _, fast in pairs])
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -87,6 +92,17 @@ def seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def crf_backend(name: str) -> Iterator[None]:
+    """Compute the block's dense CRFs by a backend, as `$ISIM_CRF` chooses it."""
+    before = os.environ.get("ISIM_CRF", "")
+    os.environ["ISIM_CRF"] = name
+    try:
+        yield
+    finally:
+        os.environ["ISIM_CRF"] = before
 
 
 class Apart:
@@ -126,12 +142,18 @@ def report(rows: Sequence[Row]) -> None:
     print(table(rows), flush=True)
     if path := os.environ.get("ISIM_BENCH"):
         with Path(path).open("a") as stream:
-            stream.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+            stream.writelines(f"{json.dumps(found)}\n" for found in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read what `report` has added to a file."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return [Row(Case(*case), *figures) for case, *figures in lines]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown table of the rows."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(found.cells() for found in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -147,7 +169,7 @@ def machine() -> str:
 
 
 def items(count: int, folder: Path) -> list[Item]:
-    """The first `count` images of the VOC sample, else generated ones of about its size.
+    """List the first `count` images of the VOC sample, else generated ones of about its size.
 
     Real ones are found through `$ISIM_SHARED` (default ../shared). Generated ones, written below
     `folder`, are of the size of VOC's: generated small, enlarged, and given a photograph's noise,
@@ -157,14 +179,14 @@ def items(count: int, folder: Path) -> list[Item]:
     if not devkit.is_dir():
         devkit = folder / "VOCdevkit/VOC2012"
         if not devkit.is_dir():
-            shapes.generate(folder, count, 1, 128, 0)
+            shapes.generate(folder, Shapes(train=count, val=1, size=128), 0)
             _enlarge(devkit)
     names = (devkit / "ImageSets/Segmentation/train.txt").read_text().split()[:count]
     chosen = []
     for name in names:
         mask = devkit / f"SegmentationClass/{name}.png"
         label = np.zeros(20, np.float32)
-        present = np.setdiff1d(np.unique(files.read_label_map(mask)), [0, 255])
+        present = np.setdiff1d(np.unique(files.read_label_map(mask)), [BACKGROUND, IGNORE])
         label[present - 1] = 1
         chosen.append(Item(name, devkit / f"JPEGImages/{name}.jpg", mask, label))
     return chosen
@@ -185,7 +207,7 @@ def _enlarge(devkit: Path) -> None:
     for path in (devkit / "SegmentationClass").glob("*.png"):
         mask = files.read_label_map(path)
         grown = cv2.resize(mask, (500, 375), interpolation=cv2.INTER_NEAREST)
-        files.write_label_map(path, grown)
+        files.write_label_map(path, np.asarray(grown, np.uint8))
 
 
 def _duration(value: float) -> str:

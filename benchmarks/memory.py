@@ -7,8 +7,11 @@ neither changes what an image in flight holds at full size. The 100 are spread e
 
 Real images are taken from `$ISIM_SHARED` (default ../shared) where it exists, generated ones
 otherwise. The ratio is the result.
+
+    python benchmarks/memory.py [--counts 100 562]
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,45 +22,41 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-COUNTS = (100, 562)
 
-
-def run(count: int) -> None:
+def run(count: int, among: int) -> None:
     """Regenerate the pseudo-labels of `count` images in this process."""
-    from harness import items
-    from regeneration import CRF, THRESHOLD, network
+    import harness
+    import regeneration
 
-    from isim import engine
     from isim.data import files
-    from isim.regeneration import CamSettings, regenerate
+    from isim.passes import pseudo_labels
+    from isim.runtime import devices
+    from isim.runtime.here import Here
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        device = engine.default_device()
-        chosen = items(COUNTS[-1], folder)
+        here = Here(Path(name))
+        chosen = harness.items(among, here.resume)
         chosen.sort(key=lambda item: files.image_size(item.image))
         # Evenly over the sizes, with the largest: its CAMs are what either count must hold.
         places = np.linspace(0, len(chosen) - 1, count).round().astype(int)
-        net, config = network()
-        engine.place(net, device)
-        settings = CamSettings((0.5,), True, engine.resolve_precision("auto", device))
-        regenerate(
+        params = regeneration.section()
+        short = {"scales": (0.5,), "crf": params.crf.model_copy(update={"steps": 1})}
+        net, config = regeneration.network(params)
+        devices.place(net, here.device)
+        pseudo_labels.regenerate(
+            here,
             net,
             config,
             [chosen[place] for place in places],
-            folder / "labels",
-            folder / "scratch",
-            settings,
-            THRESHOLD,
-            CRF.model_copy(update={"steps": 1}),
-            (),
-            device,
+            params=params.model_copy(update=short),
+            name="round_01",
+            pictured=(),
         )
 
 
-def peak_gigabytes(count: int) -> float:
+def peak_gigabytes(count: int, among: int) -> float:
     """Highest summed PSS of a process that runs `count` images, in GB."""
-    command = [sys.executable, __file__, str(count)]
+    command = [sys.executable, __file__, "--counts", str(count), str(among), "--run"]
     process = psutil.Popen(command, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
     peak = 0
     while process.poll() is None:
@@ -76,14 +75,19 @@ def peak_gigabytes(count: int) -> float:
 
 def main() -> None:
     """Print the peak of each count and their ratio."""
-    peaks = [peak_gigabytes(count) for count in COUNTS]
-    for count, peak in zip(COUNTS, peaks, strict=True):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", type=int, nargs=2, default=(100, 562))
+    parser.add_argument("--run", action="store_true", help="only the first, in this process")
+    options = parser.parse_args()
+    few, many = options.counts
+    if options.run:
+        run(few, many)
+        return
+    peaks = [peak_gigabytes(count, many) for count in (few, many)]
+    for count, peak in zip((few, many), peaks, strict=True):
         print(f"{count} images: peak {peak:.2f} GB")
     print(f"ratio {peaks[-1] / peaks[0]:.3f}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run(int(sys.argv[1]))
-    else:
-        main()
+    main()

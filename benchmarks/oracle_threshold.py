@@ -9,64 +9,47 @@ of params.yaml, so run it where the training ran:
 
 import argparse
 import tempfile
-from functools import partial
 from pathlib import Path
 
-from isim import engine
-from isim.data.dataset import load_prepared
+from isim.data import prepared
 from isim.models import cam
-from isim.params import load, resolve_path
-from isim.regeneration import CamSettings, Scores, regenerate
+from isim.params import TrainCam, load
+from isim.passes import pseudo_labels
+from isim.runtime import devices
+from isim.runtime.here import Here
 
 
-def score(checkpoint: Path, threshold: float | None) -> Scores:
-    """Pseudo-labels of the training split from `checkpoint`; None is the fixed threshold."""
-    params = load(Path("params.yaml")).train_cam
-    prepared = load_prepared(Path("data/prepared"), partial(resolve_path, root=Path.cwd()))
+def score(checkpoint: Path, params: TrainCam) -> dict[str, float]:
+    """Make the pseudo-labels of the training split from a checkpoint, and score them."""
     network, config = cam.load(checkpoint)
-    device = engine.default_device()
-    engine.place(network, device)
-    precision = engine.resolve_precision(params.precision, device)
+    items = prepared.load(Path.cwd()).split(params.split)
     with tempfile.TemporaryDirectory() as folder:
-        return regenerate(
-            network,
-            config,
-            prepared.split(params.split),
-            Path(folder) / "labels",
-            Path(folder) / "scratch",
-            CamSettings(params.scales, params.flip, precision),
-            params.threshold if threshold is None else threshold,
-            params.crf,
-            (),
-            device,
+        here = Here(Path(folder), params.precision)
+        devices.place(network, here.device)
+        scores = pseudo_labels.regenerate(
+            here, network, config, items, params=params, name=checkpoint.stem, pictured=()
         )
+    return scores.row()
 
 
 def main() -> None:
     """Print a row a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path)
+    params = load(Path("params.yaml")).train_cam
     print("| checkpoint | threshold | CAM | pseudo-label | oracle | CAM | pseudo-label |")
     print("|---|---|---|---|---|---|---|")
     for checkpoint in parser.parse_args().checkpoints:
-        fixed = score(checkpoint, None)
-        row = fixed.row()
-        oracle = row
-        if row["oracle_threshold"] != fixed.threshold:
-            oracle = score(checkpoint, row["oracle_threshold"]).row()
-        cells = [
-            checkpoint.stem,
-            f"{fixed.threshold:.2f}",
-            f"{100 * row['cam_miou']:.2f}",
-            f"{100 * row['pseudo_label_miou']:.2f}",
-            f"{row['oracle_threshold']:.2f}",
-            f"{100 * oracle['cam_miou']:.2f}",
-            f"{100 * oracle['pseudo_label_miou']:.2f}",
-        ]
+        fixed = oracle = score(checkpoint, params)
+        threshold = fixed["oracle_threshold"]
+        if threshold != params.threshold:
+            oracle = score(checkpoint, params.model_copy(update={"threshold": threshold}))
+        cells = [checkpoint.stem]
+        for used, row in ((params.threshold, fixed), (threshold, oracle)):
+            mious = (100 * row[name] for name in ("cam_miou", "pseudo_label_miou"))
+            cells += [f"{value:.2f}" for value in (used, *mious)]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    # The dCRF workers would import this script, and torch, again: no stage makes them do that.
-    del __file__
     main()

@@ -14,38 +14,45 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from isim import engine, metrics
+from isim import metrics
 from isim.data import files
-from isim.data.dataset import Item
-from isim.gpu import seeds
+from isim.data.prepared import Item
+from isim.experiments import preset
+from isim.labels.seeds import batched as seeds
 from isim.models import cam
-from isim.regeneration import SWEEP, CamSettings, cams
+from isim.passes import cams
+from isim.passes.pseudo_labels import SWEEP
+from isim.runtime import devices
+from isim.runtime.here import Here
 
-SCALES = (1.0, 0.5, 1.5, 2.0)
 
-
-def sweep(checkpoint: Path, items: Sequence[Item], precision: str) -> np.ndarray:
+def sweep(checkpoint: Path, items: Sequence[Item], precision: str) -> NDArray[np.int64]:
     """Confusion matrices (T, L, L) of the seeds at the thresholds of `SWEEP`."""
+    here = Here(Path(), precision)
     network, config = cam.load(checkpoint)
-    device = engine.default_device()
-    engine.place(network, device)
+    devices.place(network, here.device)
+    # Four scales and flips.
+    settings = preset.parameters("voc-deeplabcam-resnet50").export_cams
     labels = len(config.classes) + 1
     total = np.zeros((len(SWEEP), labels, labels), np.int64)
-    for item, planes in cams(network, config, items, CamSettings(SCALES, True, precision), device):
+    for item, planes in cams.cams(here, network, config, items, settings=settings):
         assert item.mask is not None
         best, height = seeds.peak(planes, torch.from_numpy(item.class_ids))
         levels = seeds.levels(height, SWEEP.tolist()).cpu().numpy()
         truth = files.read_truth(item.mask, levels.shape, labels)
-        total += metrics.level_confusion(truth, best.cpu().numpy(), levels, len(SWEEP), labels)
+        total += metrics.level_confusion(
+            truth, best.cpu().numpy(), levels, num_thresholds=len(SWEEP), num_labels=labels
+        )
     return total
 
 
 def main() -> None:
-    """Print a row a checkpoint."""
+    """Print a row a checkpoint and threshold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--precision", default="bf16", choices=sorted(engine.DTYPES))
+    parser.add_argument("--precision", default="bf16", choices=sorted(devices.DTYPES))
     parser.add_argument("--every", type=int, default=1, help="take every n-th image")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,18 +18,22 @@ import cv2
 import harness
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from isim.data import files
-from isim.data.dataset import Item
-from isim.gpu.random_walk import walk_batch
-from isim.labels import random_walk
-from isim.pairs import half_disc, overlap
+from isim.data.prepared import Item
+from isim.labels.walk import walk as random_walk
+from isim.labels.walk.batched import walk_batch
+from isim.labels.walk.pairs import half_disc, overlap
 
 RADIUS, BETA, STEPS_LOG2, STRIDE = 5, 8, 8, 8
 
 
-def inputs(item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """Planes (M, h, w), the background and two classes, and affinities (34, h, w)."""
+Planes = NDArray[np.float32]
+
+
+def inputs(item: Item) -> tuple[Planes, Planes]:
+    """Make planes (M, h, w), the background and two classes, and affinities (34, h, w)."""
     assert item.mask is not None
     truth = files.read_label_map(item.mask)
     height, width = (-(-side // STRIDE) for side in truth.shape)
@@ -45,7 +49,7 @@ def inputs(item: Item) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dense(planes: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
-    """(M, h, w) as the field's scripts walk."""
+    """Walk as the field's scripts do: (M, h, w)."""
     height, width = affinity.shape[1:]
     number = torch.arange(height * width, device=planes.device).view(height, width)
     matrix = torch.eye(height * width, device=planes.device)
@@ -62,15 +66,16 @@ def dense(planes: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
 def row(
     part: str,
     data: str,
-    reference: Callable[[], list[np.ndarray]],
-    candidate: Callable[[], list[np.ndarray]],
+    reference: Callable[[], list[Planes]],
+    candidate: Callable[[], list[Planes]],
+    *,
     repeats: int,
 ) -> harness.Row:
     """Time both sides, and compare what they find."""
     both = list(zip(reference(), candidate(), strict=True))
     worst = max(float(np.abs(one - two).max()) for one, two in both)
-    fidelity = f"max difference {worst:.1e} (goal 1e-4)"
-    return harness.compare(part, data, reference, candidate, len(both), repeats, ">= 50", fidelity)
+    case = harness.Case(part, data, ">= 50", f"max difference {worst:.1e} (goal 1e-4)")
+    return harness.compare(case, reference, candidate, units=len(both), repeats=repeats)
 
 
 def main() -> None:
@@ -88,17 +93,17 @@ def main() -> None:
         arrays = [inputs(item) for item in chosen]
     some = arrays[: arguments.images]
 
-    def walk() -> list[np.ndarray]:
+    def walk() -> list[Planes]:
         return [
             random_walk.walk(planes, random_walk.transition(near, RADIUS, BETA), STEPS_LOG2)
             for planes, near in some
         ]
 
-    def dense_walk() -> list[np.ndarray]:
+    def dense_walk() -> list[Planes]:
         return [dense(torch.from_numpy(p), torch.from_numpy(a)).numpy() for p, a in some]
 
     data = f"{harness.data_name(chosen[: arguments.images])}, stride {STRIDE}"
-    rows = [row("random walk on the CPU", data, dense_walk, walk, arguments.repeats)]
+    rows = [row("random walk on the CPU", data, dense_walk, walk, repeats=arguments.repeats)]
     if cuda:
         device = torch.device("cuda")
         tensors = [
@@ -106,17 +111,17 @@ def main() -> None:
             for pair in arrays[: arguments.gpu_images]
         ]
 
-        def walk_there() -> list[np.ndarray]:
+        def walk_there() -> list[Planes]:
             planes, affinities = zip(*tensors, strict=True)
-            walked = walk_batch(planes, affinities, RADIUS, BETA, STEPS_LOG2)
+            walked = walk_batch(planes, affinities, radius=RADIUS, beta=BETA, t=STEPS_LOG2)
             return [each.cpu().numpy() for each in walked]
 
-        def dense_walk_there() -> list[np.ndarray]:
+        def dense_walk_there() -> list[Planes]:
             return [dense(*pair).cpu().numpy() for pair in tensors]
 
         data = f"{harness.data_name(chosen[: len(tensors)])}, stride {STRIDE}"
         part = f"random walk on {torch.cuda.get_device_name()}"
-        rows.append(row(part, data, dense_walk_there, walk_there, arguments.repeats))
+        rows.append(row(part, data, dense_walk_there, walk_there, repeats=arguments.repeats))
     harness.report(rows)
 
 

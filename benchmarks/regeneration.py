@@ -14,216 +14,201 @@ alone, or its CPU seconds spread over all cores.
 
 import argparse
 import os
-import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from harness import Row
+from harness import Case, Row
+from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as TF
 
-from isim import engine, metrics
+from isim import metrics
 from isim.data import files
-from isim.data.dataset import Item
-from isim.labels import crf, seeds
+from isim.data.prepared import Item
+from isim.experiments import preset
+from isim.labels.crf import refine as crf
+from isim.labels.seeds import seeds
 from isim.models import cam
-from isim.params import Crf, resolve_path
-from isim.regeneration import CamSettings, Scores, cams, regenerate
-from isim.stream import in_workers
-from isim.workers import RefineTask, refine_image
+from isim.models import encoder as encoders
+from isim.params import TrainCam
+from isim.passes import cams, counts, each, pseudo_labels
+from isim.runtime import devices, helpers
+from isim.runtime.here import Here
+from isim.runtime.paths import resolve_path
 
-SCALES = (1.0, 0.5, 1.5, 2.0)
-THRESHOLD = 0.3
-CRF = Crf(
-    backend="auto",
-    steps=10,
-    gt_prob=0.7,
-    gaussian_sxy=3,
-    gaussian_compat=3,
-    bilateral_sxy=50,
-    bilateral_srgb=5,
-    bilateral_compat=10,
-)
+LABELS = 21
+CLASSES = tuple(f"class {number}" for number in range(1, LABELS))
+
+Planes = dict[str, NDArray[np.float32]]
+Labels = dict[str, NDArray[np.uint8]]
 
 
-def network(encoder: str = "mobilenetv2_100") -> tuple[cam.CamNetwork, cam.CamConfig]:
-    """An encoder at output stride 16; its weights do not change the speed."""
+def section(encoder: str = "mobilenetv2_100") -> TrainCam:
+    """Return the paper's parameters (four scales, flips, dCRF) with another encoder."""
+    paper = preset.parameters("voc-deeplabcam-resnet50").train_cam
+    return paper.model_copy(update={"method": "cam", "encoder": encoder})
+
+
+def network(params: TrainCam) -> tuple[cam.CamNetwork, cam.CamConfig]:
+    """Build a network at output stride 16; its weights do not change the speed."""
     torch.manual_seed(0)
-    mean, std = cam.normalization(encoder, "encoder")
-    classes = tuple(f"class {number}" for number in range(1, 21))
-    config = cam.CamConfig("cam", encoder, 16, "batch", (6,), 1, classes, mean, std)
+    config = cam.configure(params, CLASSES)
     net = cam.build(config)
-    path = resolve_path(f"$ISIM_SHARED/weights/{encoder}.imagenet.safetensors", Path.cwd())
-    weights = str(path) if path.is_file() else "none"
-    cam.load_encoder_weights(net, config.encoder, weights, path)
+    path = resolve_path(f"$ISIM_SHARED/weights/{config.encoder}.imagenet.safetensors", Path.cwd())
+    encoders.load(net, config, str(path) if path.is_file() else "none", path)
     return net.eval(), config
-
-
-@torch.inference_mode()
-def reference_cam(
-    net: cam.CamNetwork, config: cam.CamConfig, item: Item, device: torch.device
-) -> np.ndarray:
-    """(K', H, W) CAMs of one image: all classes at every scale, NCHW fp32."""
-    image = torch.from_numpy(files.read_image(item.image)).permute(2, 0, 1)
-    height, width = image.shape[1:]
-    total = torch.zeros(len(config.classes), height, width, device=device)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
-    for scale in SCALES:
-        size = [round(height * scale), round(width * scale)]
-        pixels = (TF.resize(image, size, antialias=True) / 255 - mean) / std
-        scaled = pixels.contiguous()[None].to(device)
-        views = torch.cat([scaled, scaled.flip(-1)])
-        maps = F.conv2d(net.encoder(views)[-1], net.classifier.weight).relu()
-        summed = maps[:1] + maps[1:].flip(-1)
-        total += F.interpolate(summed, (height, width), mode="bilinear")[0]
-    planes = total[torch.from_numpy(item.class_ids - 1)]
-    return (planes / (planes.amax((1, 2), keepdim=True) + 1e-5)).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Bench:
     """Both sides' networks and the images."""
 
-    chosen: list[Item]
+    items: list[Item]
     plain: cam.CamNetwork
     ours: cam.CamNetwork
     config: cam.CamConfig
-    device: torch.device
+    params: TrainCam
     folder: Path
 
-    def planes(self, precision: str) -> dict[str, np.ndarray]:
-        """Our CAMs of all images."""
-        settings = CamSettings(SCALES, True, precision)
-        stream = cams(self.ours, self.config, self.chosen, settings, self.device)
-        return {item.id: planes.cpu().numpy() for item, planes in stream}
+    @torch.inference_mode()
+    def reference_cam(self, item: Item) -> NDArray[np.float32]:
+        """Make (K', H, W) CAMs of one image: all classes at every scale, NCHW fp32."""
+        net, config, device = self.plain, self.config, devices.default()
+        image = torch.from_numpy(files.read_image(item.image)).permute(2, 0, 1)
+        height, width = image.shape[1:]
+        total = torch.zeros(len(config.classes), height, width, device=device)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+        for scale in self.params.scales:
+            size = [round(height * scale), round(width * scale)]
+            pixels = (TF.resize(image, size, antialias=True) / 255 - mean) / std
+            scaled = pixels.contiguous()[None].to(device)
+            views = torch.cat([scaled, scaled.flip(-1)])
+            maps = F.conv2d(net.encoder(views)[-1], net.classifier.weight).relu()
+            summed = maps[:1] + maps[1:].flip(-1)
+            total += F.interpolate(summed, (height, width), mode="bilinear")[0]
+        planes = total[torch.from_numpy(item.class_ids - 1)]
+        return (planes / (planes.amax((1, 2), keepdim=True) + 1e-5)).cpu().numpy()
 
-    def reference_planes(self) -> dict[str, np.ndarray]:
-        """The reference's CAMs of all images."""
-        return {i.id: reference_cam(self.plain, self.config, i, self.device) for i in self.chosen}
+    def reference_planes(self) -> Planes:
+        """Make the reference's CAMs of all images."""
+        return {item.id: self.reference_cam(item) for item in self.items}
 
-    def seeds(self, planes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Seeds of CAMs."""
-        return {i.id: seeds.seed(planes[i.id], i.class_ids, THRESHOLD) for i in self.chosen}
+    def planes(self, precision: str) -> Planes:
+        """Make our CAMs of all images."""
+        here = Here(self.folder, precision)
+        made = cams.cams(here, self.ours, self.config, self.items, settings=self.params)
+        return {item.id: planes.cpu().numpy() for item, planes in made}
 
-    def miou(self, labels: dict[str, np.ndarray]) -> float:
+    def seeds(self, planes: Planes) -> Labels:
+        """Make the seeds of CAMs."""
+        threshold = self.params.threshold
+        return {i.id: seeds.seed(planes[i.id], i.class_ids, threshold) for i in self.items}
+
+    def miou(self, labels: Labels) -> float:
         """Score label maps against the ground truth, in points."""
-        total = np.zeros((21, 21), np.int64)
-        for item in self.chosen:
-            assert item.mask is not None
-            truth = files.read_truth(item.mask, labels[item.id].shape, 21)
-            total += metrics.confusion_matrix(truth, labels[item.id], 21)
-        return 100 * metrics.miou(total)
+        lines = [counts.scored(item, {"": labels[item.id]}, LABELS) for item in self.items]
+        return 100 * metrics.miou(counts.total(lines, "", (LABELS, LABELS)))
 
-    def regenerate(self, precision: str) -> Scores:
-        """Make the labels of all images with ours, below `folder`/ours, from the beginning."""
+    def regenerate(self, precision: str) -> float:
+        """Make and score the labels of all images with ours, from the beginning: mIoU in points."""
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            return regenerate(
+            scores = pseudo_labels.regenerate(
+                Here(Path(scratch), precision),
                 self.ours,
                 self.config,
-                self.chosen,
-                Path(scratch) / "labels",
-                Path(scratch) / "scratch",
-                CamSettings(SCALES, True, precision),
-                THRESHOLD,
-                CRF,
-                (),
-                self.device,
+                self.items,
+                params=self.params,
+                name="round_01",
+                pictured=(),
             )
+        return 100 * metrics.miou(scores.label_confusion)
 
-    def regenerate_reference(self) -> np.ndarray:
-        """Make and score them in the straightforward way; returns the confusion matrix."""
-        total = np.zeros((21, 21), np.int64)
-        settings = CRF.model_copy(update={"backend": "pydensecrf"})
-        for item in self.chosen:
-            assert item.mask is not None
-            ids = item.class_ids
-            planes = reference_cam(self.plain, self.config, item, self.device)
-            label = seeds.seed(planes, ids, THRESHOLD)
-            label = crf.refine(files.read_image(item.image), label, ids, settings)
-            truth = files.read_truth(item.mask, label.shape, 21)
-            total += metrics.confusion_matrix(truth, label, 21)
-            files.write_label_map(self.folder / "reference" / f"{item.id}.png", label)
-        return total
+    def regenerate_reference(self) -> float:
+        """Make and score them in the straightforward way: mIoU in points."""
+        with harness.crf_backend("pydensecrf"):
+            made = ({item.id: self.reference_cam(item)} for item in self.items)
+            lines = [
+                self._finish(item, planes) for item, planes in zip(self.items, made, strict=True)
+            ]
+        return 100 * metrics.miou(counts.total(lines, "", (LABELS, LABELS)))
 
-    def finish(self, made: dict[str, np.ndarray]) -> None:
-        """All of our regeneration but the CAMs: dCRF, scores, PNG."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as out:
-            tasks = (
-                RefineTask(
-                    item.id,
-                    item.image,
-                    made[item.id],
-                    item.class_ids,
-                    CRF,
-                    item.mask,
-                    Path(out) / f"{item.id}.png",
-                    21,
-                )
-                for item in self.chosen
-            )
-            for _ in in_workers(refine_image, tasks, crf.in_threads(CRF)):
-                pass
+    def finish(self, planes: Planes) -> None:
+        """Do all of our regeneration but the CAMs: seed, dCRF, scores, PNG."""
+        each.image(Here(self.folder), self.items, partial(self._finish, planes=planes), name=None)
+
+    def _finish(self, item: Item, planes: Planes) -> dict[str, Any]:
+        ids = item.class_ids
+        label = seeds.seed(planes[item.id], ids, self.params.threshold)
+        label = crf.refine(files.read_image(item.image), label, ids, self.params.crf)
+        return counts.scored_and_written(item, {"": label}, {"": self.folder}, LABELS)
 
 
-def agreement(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+def agreement(first: Labels, second: Labels) -> float:
     """Percentage of pixels with the same label."""
     return 100 * float(np.mean([np.mean(first[name] == second[name]) for name in first]))
 
 
 def overlap(bench: Bench, precision: str, data: str, repeats: int) -> Row:
     """Wall time of a regeneration beside the least that it could be."""
-    made = bench.seeds(bench.planes(precision))
-    settings = CamSettings(SCALES, True, precision)
-    cores = len(os.sched_getaffinity(0))
+    made = bench.planes(precision)
+    here, cores = Here(bench.folder, precision), len(os.sched_getaffinity(0))
 
     def network_alone() -> None:
-        for _ in cams(bench.ours, bench.config, bench.chosen, settings, bench.device):
+        for _ in cams.cams(here, bench.ours, bench.config, bench.items, settings=bench.params):
             pass
 
-    measured = []
+    least, walls, others = [], [], []
+    print("wall, slowest part alone, own CPU seconds / cores, all CPU seconds / cores:")
     for _ in range(repeats):
         slowest = max(harness.seconds(network_alone), harness.seconds(lambda: bench.finish(made)))
-        own, machine = _cpu_seconds(), _busy_seconds()
+        own, machine = time.process_time(), _busy_seconds()
         wall = harness.seconds(lambda: bench.regenerate(precision))
-        own, machine = _cpu_seconds() - own, _busy_seconds() - machine
-        measured.append((wall, slowest, own / cores, max(own, machine) / cores))
-    print("wall, slowest part alone, own CPU seconds / cores, all CPU seconds / cores:")
-    for row in measured:
-        print("  " + ", ".join(f"{value:.2f} s" for value in row))
-    ratios = sorted(max(slowest, own) / wall for wall, slowest, own, _ in measured)
-    wall, slowest, own, busy = (statistics.median(c) for c in zip(*measured, strict=True))
-    units = len(bench.chosen)
-    return Row(
-        "regeneration: least / wall",
-        data,
-        max(slowest, own) / units,
-        wall / units,
-        statistics.median(ratios),
-        ratios[0],
-        ratios[-1],
-        f">= {1 / 1.15:.2f}",
-        f"others took {100 * (busy - own) / wall:.0f} % of the machine",
-    )
-
-
-def _cpu_seconds() -> float:
-    """CPU seconds of this process and of its helpers that have ended."""
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        own, machine = time.process_time() - own, _busy_seconds() - machine
+        told = (wall, slowest, own / cores, max(own, machine) / cores)
+        print("  " + ", ".join(f"{value:.2f} s" for value in told))
+        walls.append(wall / len(bench.items))
+        least.append(max(slowest, own / cores) / len(bench.items))
+        others.append(max(0.0, machine - own) / cores / wall)
+    busy = f"others took {100 * statistics.median(others):.0f} % of the machine"
+    case = Case("regeneration: least / wall", data, f">= {1 / 1.15:.2f}", busy)
+    return harness.row(case, least, walls)
 
 
 def _busy_seconds() -> float:
     """Seconds that the machine's cores have not been idle."""
     times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def compare_cams(
+    bench: Bench, reference: harness.Apart, precision: str, *, data: str, repeats: int
+) -> Row:
+    """Compare our CAMs in a precision with the reference's."""
+    expected, found = bench.reference_planes(), bench.planes(precision)
+    error = max(float(np.abs(found[n] - expected[n]).max(initial=0)) for n in found)
+    before, after = bench.seeds(expected), bench.seeds(found)
+    fidelity = (
+        f"max dCAM {error:.1g}, seeds {agreement(after, before):.2f} % equal, "
+        f"mIoU {bench.miou(after) - bench.miou(before):+.2f}"
+    )
+    goal = ">= 4" if precision == Here(bench.folder).precision else ""
+    return harness.compare(
+        Case(f"CAM inference, {precision}", data, goal, fidelity),
+        partial(reference.run, "cams"),
+        partial(bench.planes, precision),
+        units=len(bench.items),
+        repeats=repeats,
+    )
 
 
 def main() -> None:
@@ -234,14 +219,14 @@ def main() -> None:
     parser.add_argument("--encoder", default="mobilenetv2_100")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        folder, params = Path(name), section(options.encoder)
 
         def make() -> Bench:
-            device = engine.default_device()
-            plain, config = network(options.encoder)
-            ours, _ = network(options.encoder)
-            engine.place(ours, device)
-            items = harness.items(options.images, Path(name))
-            return Bench(items, plain.to(device), ours, config, device, Path(name))
+            device = devices.default()
+            (plain, config), (ours, _) = network(params), network(params)
+            devices.place(ours, device)
+            items = harness.items(options.images, folder)
+            return Bench(items, plain.to(device), ours, config, params, folder)
 
         def actions() -> dict[str, Callable[[], object]]:
             plain = make()
@@ -249,45 +234,21 @@ def main() -> None:
 
         reference = harness.Apart(actions)
         bench = make()
-        chosen, device = bench.chosen, bench.device
-        data = f"{harness.data_name(chosen)}, {options.encoder}, 4 scales x flip"
-        precision = engine.resolve_precision("auto", device)
-        print(f"{harness.machine()}, {engine.worker_count()} helpers")
-        rows = []
-        expected = bench.reference_planes()
-        expected_seeds = bench.seeds(expected)
-        for each in dict.fromkeys(("fp32", precision)):
-            found = bench.planes(each)
-            error = max(float(np.abs(found[n] - expected[n]).max(initial=0)) for n in found)
-            made = bench.seeds(found)
-            gained = bench.miou(made) - bench.miou(expected_seeds)
-            rows.append(
-                harness.compare(
-                    f"CAM inference, {each}",
-                    data,
-                    partial(reference.run, "cams"),
-                    partial(bench.planes, each),
-                    len(chosen),
-                    options.repeats,
-                    ">= 4" if each == precision else "",
-                    f"max dCAM {error:.1g}, seeds {agreement(made, expected_seeds):.2f} % equal, "
-                    f"mIoU {gained:+.2f}",
-                )
-            )
-        gained = 100 * (
-            metrics.miou(bench.regenerate(precision).label_confusion)
-            - metrics.miou(bench.regenerate_reference())
-        )
+        data = f"{harness.data_name(bench.items)}, {options.encoder}, 4 scales x flip"
+        precision = Here(folder).precision
+        print(f"{harness.machine()}, {helpers.worker_count()} helpers")
+        rows = [
+            compare_cams(bench, reference, chosen, data=data, repeats=options.repeats)
+            for chosen in dict.fromkeys(("fp32", precision))
+        ]
+        gained = bench.regenerate(precision) - bench.regenerate_reference()
         rows.append(
             harness.compare(
-                f"regeneration, {precision}",
-                data,
+                Case(f"regeneration, {precision}", data, fidelity=f"mIoU {gained:+.2f}"),
                 partial(reference.run, "all"),
-                lambda: bench.regenerate(precision),
-                len(chosen),
-                options.repeats,
-                "",
-                f"mIoU {gained:+.2f}",
+                partial(bench.regenerate, precision),
+                units=len(bench.items),
+                repeats=options.repeats,
             )
         )
         rows.append(overlap(bench, precision, data, options.repeats))
@@ -295,6 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Helper processes would import this script, and torch, again: no stage makes them do that.
-    del __file__
     main()

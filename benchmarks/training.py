@@ -22,7 +22,6 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -30,143 +29,96 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from isim import engine, params, segmenter_training, training
-from isim.batches import CropBatches
-from isim.data.dataset import CropDataset, Item
-from isim.labels.affinity_pairs import reduce_label
+from isim.data.crops import CropDataset
+from isim.data.prepared import Item
+from isim.experiments import preset
+from isim.metrics import IGNORE
 from isim.models import affinity, cam, segmenter
-from isim.models.affinity import affinity_loss
-from isim.models.losses import modified_cross_entropy, pixel_cross_entropy
-from isim.stages import train_affinity
+from isim.runtime import devices, helpers, memory
+from isim.runtime.here import Here
+from isim.training import loop, optimizer
+from isim.training.batches import CropBatches
+from isim.training.steps import AffinityStep, Batch, CamStep, SegmenterStep, Step
 
-ROOT = Path(__file__).parent.parent
 CLASSES = tuple(f"class {number}" for number in range(1, 21))
 # Low, so that the random weights of a short run stay finite; they do not change the speed.
-RATES = {"encoder_rate": 1e-4, "decoder_rate": 1e-4, "classifier_rate": 1e-4, "rate": 1e-4}
+RATES = dict.fromkeys(("encoder_rate", "decoder_rate", "classifier_rate", "rate"), 1e-4)
 # Past the warm-up: the decoder is trained, too.
 EPOCH = 9
-# Of the straightforward loop, whose steps take several times as long.
+# Steps of the straightforward loop, which take several times as long.
 PLAIN_STEPS = 2
 MATRIX = 8192
 
 
 @dataclass(frozen=True)
 class Part:
-    """A training loop of isim and what it is compared by.
-
-    `loss` is that of a batch, `train_epoch` isim's, `dataset` the crops of items.
-    """
+    """A training of isim: the network of its configuration, and the step that trains it."""
 
     title: str
     section: Any
-    build: Callable[[], nn.Module]
-    make_optimizer: Callable[[Any, Any], torch.optim.Optimizer]
-    train_epoch: Callable[..., dict[str, Any]]
-    dataset: Callable[[list[Item]], CropDataset]
-    loss: Callable[[Any, dict[str, Tensor]], Tensor]
-    label_stride: int = 1
+    config: Any
+    build: Callable[[Any], Any]
+    step: Callable[..., Step]
+    scales: tuple[float, float] | None = None
+
+    def crops(self, items: list[Item]) -> CropDataset:
+        """Crops of items with their ground truth."""
+        masks = {item.id: item.mask for item in items if item.mask is not None}
+        dataset = CropDataset(
+            items,
+            self.section.crop,
+            self.config.mean,
+            self.config.std,
+            seed=0,
+            labels=[masks.__getitem__],
+            scales=self.scales,
+        )
+        dataset.use_labels(0)
+        return dataset
 
 
 def parts(crop: int, batch: int, compiled: bool) -> Iterator[Part]:
-    """Parts of the sections of the preset for the VOC sample (MobileNetV2, stride 16)."""
-    preset = params.load(ROOT / "isim/presets/voc-sample-mobilenetv2.yaml")
+    """List the trainings of the preset for the VOC sample (MobileNetV2, stride 16)."""
+    values = preset.parameters("voc-sample-mobilenetv2")
     size = {"crop": crop, "batch": batch, "epochs": 100, "compile": compiled}
 
-    def optimizer(section: Any) -> dict[str, Any]:  # noqa: ANN401 - sections differ
-        rates = {k: v for k, v in RATES.items() if hasattr(section.optimizer, k)}
-        return {"optimizer": section.optimizer.model_copy(update=rates)}
+    def cam_step(here: Here, network: cam.CamNetwork, section: Any) -> Step:  # noqa: ANN401
+        return CamStep(here, network, section, section.batch)
 
     for method in ("cam", "deeplabcam"):
-        update = size | {"method": method, "warmup_epochs": 1} | optimizer(preset.train_cam)
-        cams = preset.train_cam.model_copy(update=update)
-        config = cam.configure(cams, CLASSES)
-        yield Part(
-            f"train_cam ({method})",
-            cams,
-            partial(cam.build, config),
-            training.make_optimizer,
-            training.train_epoch,
-            partial(_crops, crop=crop, mean=config.mean, std=config.std),
-            _cam_loss,
+        cams = values.train_cam.model_copy(
+            update={
+                "method": method,
+                "warmup_epochs": 1,
+                "optimizer": values.train_cam.optimizer.model_copy(update=RATES),
+                **size,
+            }
         )
-    pixels = preset.train_segmenter
-    pixels = pixels.model_copy(update=size | optimizer(pixels))
-    mean, std = segmenter.normalization(pixels.encoder, pixels.input_norm)
-    scales = (pixels.scale_min, pixels.scale_max)
+        config = cam.configure(cams, CLASSES)
+        yield Part(f"train_cam ({method})", cams, config, cam.build, cam_step)
+    slow = {"optimizer": values.train_segmenter.optimizer.model_copy(update=RATES)}
+    pixels = values.train_segmenter.model_copy(update=size | slow)
     yield Part(
         f"train_segmenter ({pixels.method})",
         pixels,
-        lambda: segmenter.build(
-            segmenter.SegmenterConfig(
-                pixels.method,
-                pixels.encoder,
-                pixels.output_stride,
-                pixels.encoder_norm,
-                pixels.decoder_channels,
-                CLASSES,
-                mean,
-                std,
-            )
-        ),
-        segmenter_training.make_optimizer,
-        segmenter_training.train_epoch,
-        partial(_crops, crop=crop, mean=mean, std=std, scales=scales),
-        lambda network, batch: pixel_cross_entropy(
-            network(batch["image"]), batch["label"], network.output_stride
-        ),
+        segmenter.configure(pixels, CLASSES),
+        segmenter.build,
+        SegmenterStep,
+        (pixels.scale_min, pixels.scale_max),
     )
-    pairs = preset.train_affinity.model_copy(update=size | {"rate": RATES["rate"]})
-    net = affinity.AffinityConfig(
-        pairs.encoder, pairs.output_stride, pairs.stride, pairs.radius, mean, std
+    pairs = values.train_affinity.model_copy(
+        update={"rate": RATES["rate"], "head_factor": 1.0, **size}
     )
-    yield Part(
-        "train_affinity",
-        pairs,
-        lambda: affinity.build(net),
-        lambda network, section: engine.sgd(
-            [(network.encoder, section.rate), (network.head, section.rate)],
-            section.momentum,
-            section.weight_decay,
-        ),
-        train_affinity.train_epoch,
-        lambda items: train_affinity.AffinityCrops(items, pairs, net, _mask_of(items)),
-        lambda network, batch: (
-            affinity_loss(network(batch["image"]), batch["label"], pairs.radius).total
-        ),
-        label_stride=pairs.stride,
-    )
+    yield Part("train_affinity", pairs, affinity.configure(pairs), affinity.build, AffinityStep)
 
 
-def _mask_of(items: list[Item]) -> Callable[[str], Any]:
-    return {item.id: item.mask for item in items}.__getitem__
-
-
-def _crops(
-    items: list[Item],
-    crop: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    scales: tuple[float, float] | None = None,
-) -> CropDataset:
-    return CropDataset(items, crop, mean, std, 0, [_mask_of(items)], scales=scales)
-
-
-def _cam_loss(network: cam.CamNetwork, batch: dict[str, Tensor]) -> Tensor:
-    logits, segmentation = network(batch["image"], True)
-    loss = F.multilabel_soft_margin_loss(logits.float(), batch["image_label"])
-    if segmentation is not None:
-        loss = loss + modified_cross_entropy(segmentation.float(), batch["label"])[0]
-    return loss
-
-
-class PlainCrops(Dataset[dict[str, Tensor]]):
+class PlainCrops(Dataset[Batch]):
     """The augmentation as scripts write it: Pillow images through a chain of transforms."""
 
-    def __init__(self, crops: CropDataset, label_stride: int) -> None:
-        """Crops of the same images and ranges as `crops`, with draws of their own."""
+    def __init__(self, crops: CropDataset) -> None:
+        """Describe crops of the same images and ranges as `crops`, with draws of their own."""
         self.crops = crops
-        self.label_stride = label_stride
-        fill = {Image.Image: tuple(round(255 * v) for v in crops.mean), tv_tensors.Mask: 255}
+        fill = {Image.Image: tuple(round(255 * v) for v in crops.mean), tv_tensors.Mask: IGNORE}
         self.move = v2.Compose(
             [v2.RandomCrop(crops.crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()]
         )
@@ -182,8 +134,8 @@ class PlainCrops(Dataset[dict[str, Tensor]]):
         """Number of images."""
         return len(self.crops)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Image (3, crop, crop) float32, label (h, w) int64, image_label (K,) float32."""
+    def __getitem__(self, index: int) -> Batch:
+        """Image (3, crop, crop) float32, label (crop, crop) int64, image_label (K,) float32."""
         item = self.crops.items[index]
         assert item.mask is not None
         image = Image.open(item.image).convert("RGB")
@@ -197,72 +149,78 @@ class PlainCrops(Dataset[dict[str, Tensor]]):
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = Image.open(item.mask).resize(size, Image.Resampling.NEAREST)
         image, label = self.move(image, tv_tensors.Mask(np.array(mask)[None]))
-        labels = np.asarray(label[0])
-        if self.label_stride > 1:
-            labels = reduce_label(labels, self.label_stride)
         return {
             "image": self.values(image),
-            "label": torch.from_numpy(labels).long(),
+            "label": label[0].long(),
             "image_label": torch.from_numpy(item.known_label.copy()),
         }
 
 
-def plain_epoch(
-    part: Part,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    device: torch.device,
-) -> None:
-    """One epoch of the straightforward loop."""
-    network.train()
-    total = 0.0
-    for batch in loader:
-        there = {name: value.to(device) for name, value in batch.items()}
-        loss = part.loss(network, there)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
+class Trainer:
+    """A network with its step and optimizer.
+
+    Args:
+        part: What is trained.
+        network: On the device.
+        precision: auto, fp32 or bf16.
+        compiled: Use torch.compile where the part's section asks for it.
+    """
+
+    def __init__(self, part: Part, network: nn.Module, precision: str, compiled: bool) -> None:
+        """Prepare both for the epoch that is measured."""
+        section = part.section if compiled else part.section.model_copy(update={"compile": False})
+        self.network = network
+        self.here = Here(Path(), precision)
+        self.step = part.step(self.here, network, section)
+        given = self.step.schedule
+        self.optimizer = optimizer.sgd(given.groups, given.momentum, given.weight_decay)
+        self.step.begin(EPOCH)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a batch."""
+        return self.step.loss(batch).total
+
+    def bare(self, batch: Batch, steps: int) -> None:
+        """Take steps on one batch that is there already."""
+        self.network.train()
+        torch.backends.cudnn.benchmark = True
+        self.step.begin(EPOCH)
+        for _ in range(steps):
+            loss = self.loss(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        torch.backends.cudnn.benchmark = False
+        if self.here.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def plain(self, loader: DataLoader[Batch]) -> None:
+        """Take an epoch of the straightforward loop."""
+        self.network.train()
+        self.step.begin(EPOCH)
+        total = 0.0
+        for batch in loader:
+            there = {name: value.to(self.here.device) for name, value in batch.items()}
+            loss = self.loss(there)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            total += loss.item()
 
 
-def bare_steps(
-    part: Part,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
-    precision: str,
-    steps: int,
-) -> None:
-    """Forward, backward and step on one batch that is there already."""
-    device = batch["image"].device
-    network.train()
-    torch.backends.cudnn.benchmark = True
-    for _ in range(steps):
-        with engine.autocast(precision, device):
-            loss = part.loss(network, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    torch.backends.cudnn.benchmark = False
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def random_batch(section: Any, label_stride: int, device: torch.device) -> dict[str, Tensor]:  # noqa: ANN401
-    """A batch of noise with labels of the shapes and types of a real one."""
+def random_batch(section: Any, device: torch.device) -> Batch:  # noqa: ANN401 - sections differ
+    """Make a batch of noise with labels of the shapes and types of a real one."""
     side, count = section.crop, section.batch
     images = torch.randn(count, 3, side, side, device=device)
-    low = -(-side // label_stride)
     return {
         "image": images.contiguous(memory_format=torch.channels_last),
-        "label": torch.randint(0, 21, (count, low, low), device=device),
+        "label": torch.randint(0, 21, (count, side, side), device=device),
         "image_label": (torch.rand(count, len(CLASSES), device=device) < 0.1).float(),
     }
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Measured operations a second of a large bf16 matrix product."""
+    """Measure the operations a second of a large bf16 matrix product."""
     left, right = torch.randn(2, MATRIX, MATRIX, device=device, dtype=torch.bfloat16)
 
     def product() -> None:
@@ -273,95 +231,87 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * MATRIX**3 / statistics.median(harness.seconds(product) for _ in range(20))
 
 
-def measure(
-    part: Part, items: list[Item], device: torch.device, peak: float | None, repeats: int
-) -> list[harness.Row]:
+def measure(part: Part, items: list[Item], repeats: int, peak: float | None) -> list[harness.Row]:
     """Alternate bare steps, isim's epoch and the straightforward one; print what isim reports."""
-    section = part.section
-    precision = engine.resolve_precision("auto", device)
+    section, device = part.section, devices.default()
     steps = len(items) // section.batch
     torch.manual_seed(0)
-    ours, plain = part.build(), part.build().to(device)
-    plain.load_state_dict(ours.state_dict())
-    engine.place(ours, device)
-    optimizer, plain_optimizer = (part.make_optimizer(n, section) for n in (ours, plain))
-    dataset = part.dataset(items)
-    dataset.use_labels(0)
+    network, copied = part.build(part.config), part.build(part.config).to(device)
+    copied.load_state_dict(network.state_dict())
+    devices.place(network, device)
+    ours = Trainer(part, network, "auto", compiled=True)
+    bare = Trainer(part, network, "auto", compiled=False)
+    plain = Trainer(part, copied, "fp32", compiled=False)
+    dataset = part.crops(items)
     crops = CropBatches(dataset, section, device)
     loader = DataLoader(
-        PlainCrops(dataset, part.label_stride),
+        PlainCrops(dataset),
         batch_size=section.batch,
         sampler=RandomSampler(dataset, num_samples=PLAIN_STEPS * section.batch),
-        num_workers=engine.worker_count(),
-        persistent_workers=engine.worker_count() > 0,
+        num_workers=helpers.worker_count(),
+        persistent_workers=helpers.worker_count() > 0,
     )
-    noise = random_batch(section, part.label_stride, device)
-    rows: list[dict[str, Any]] = []
+    noise = random_batch(section, device)
+    told: list[loop.Row] = []
 
     def epoch() -> None:
-        rows.append(
-            part.train_epoch(
-                *(ours, optimizer, crops, section, EPOCH + len(rows), precision, device)
+        number = EPOCH + len(told)
+        told.append(
+            loop.train_epoch(
+                ours.here, network, crops, ours.step, optimizer=ours.optimizer, epoch=number
             )
         )
 
-    def bare() -> None:
-        bare_steps(part, ours, optimizer, noise, precision, steps)
-
-    def straightforward() -> None:
-        plain_epoch(part, plain, plain_optimizer, loader, device)
-
-    real = next(iter(CropBatches(dataset, section, device).epoch(1)))
-    difference = first_losses(part, ours, plain, real, precision)
+    difference = first_losses(
+        bare, plain, next(iter(CropBatches(dataset, section, device).epoch(1)))
+    )
     # Ours first: its loaders are forked before the heap is full, as in a real run.
-    for side in (epoch, bare, straightforward):
+    sides: tuple[Callable[[], object], ...] = (
+        epoch,
+        partial(bare.bare, noise, steps),
+        partial(plain.plain, loader),
+    )
+    for side in sides:
         side()
-    rows.clear()
-    # Backward is twice forward; torch's own count of it takes depthwise convolutions for whole.
+    told.clear()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        part.loss(ours, noise)
-    flops = 3 * counter.get_total_flops() / section.batch
-    times = [
-        [harness.seconds(side) for side in (bare, epoch, straightforward)] for _ in range(repeats)
+        bare.loss(noise)
+    images = [number * section.batch for number in (steps, steps, PLAIN_STEPS)]
+    runs = [
+        [harness.seconds(side) / count for side, count in zip(sides, images, strict=True)]
+        for _ in range(repeats)
     ]
-    speed = statistics.median(row["images_per_second"] for row in rows)
-    waiting = statistics.median(row["waiting_share"] for row in rows)
-    told = (
-        f"{speed:.1f} images/s, {100 * waiting:.1f} % waiting for data, "
-        f"{flops / 1e9:.1f} GFLOP an image"
-    )
-    if peak is not None:
-        told += f", {100 * speed * flops / peak:.1f} % of the matrix rate"
-    print(f"{part.title}: {told}", flush=True)
+    # Backward is twice forward; torch's own count of it takes depthwise convolutions for whole.
+    print(f"{part.title}: {speed(told, 3 * counter.get_total_flops() / section.batch, peak)}")
+    isim, reference, loops = zip(*runs, strict=True)
     data = f"{harness.data_name(items)}, {section.crop} px"
-    sides = (
-        (f"{part.title}: bare step", 0, ">= 0.91", f"{precision}, same network"),
-        (f"{part.title}: plain loop", 2, "", f"first loss differs by {difference:.1e}"),
-    )
-    found = []
-    counts = [number * section.batch for number in (steps, steps, PLAIN_STEPS)]
-    runs = [[taken / count for taken, count in zip(run, counts, strict=True)] for run in times]
-    for title, which, goal, fidelity in sides:
-        ratios = sorted(run[which] / run[1] for run in runs)
-        reference, isim = (statistics.median(run[side] for run in runs) for side in (which, 1))
-        middle = statistics.median(ratios)
-        found.append(
-            harness.Row(
-                *(title, data, reference, isim, middle, ratios[0], ratios[-1], goal, fidelity)
-            )
-        )
-    return found
+    same = f"{ours.here.precision}, same network"
+    near = f"first loss differs by {difference:.1e}"
+    return [
+        harness.row(
+            harness.Case(f"{part.title}: bare step", data, ">= 0.91", same), reference, isim
+        ),
+        harness.row(harness.Case(f"{part.title}: plain loop", data, fidelity=near), loops, isim),
+    ]
+
+
+def speed(told: list[loop.Row], flops: float, peak: float | None) -> str:
+    """Put what isim's epochs report into words; `flops` are operations an image."""
+    images = statistics.median(row["images_per_second"] for row in told)
+    waiting = statistics.median(row["waiting_share"] for row in told)
+    words = f"{images:.1f} images/s, {100 * waiting:.1f} % waiting for data, "
+    words += f"{flops / 1e9:.1f} GFLOP an image"
+    if peak is not None:
+        words += f", {100 * images * flops / peak:.1f} % of the matrix rate"
+    return words
 
 
 @torch.no_grad()
-def first_losses(
-    part: Part, ours: nn.Module, plain: nn.Module, batch: dict[str, Tensor], precision: str
-) -> float:
+def first_losses(ours: Trainer, plain: Trainer, batch: Batch) -> float:
     """Relative difference of both sides' losses on one batch; dropout aside, hence eval mode."""
-    ours.eval(), plain.eval()
-    with engine.autocast(precision, batch["image"].device):
-        fast = float(part.loss(ours, batch))
-    exact = float(part.loss(plain, batch | {"image": batch["image"].contiguous()}))
+    ours.network.eval(), plain.network.eval()
+    fast = float(ours.loss(batch))
+    exact = float(plain.loss(batch | {"image": batch["image"].contiguous()}))
     return abs(fast - exact) / exact
 
 
@@ -375,17 +325,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="isim's side by torch.compile")
     parser.add_argument("--part", default="", help="only parts whose title has this in it")
     options = parser.parse_args()
-    device = engine.default_device()
+    device = devices.default()
     peak = matrix_rate(device) if device.type == "cuda" else None
     print(harness.machine())
     if peak is not None:
         print(f"bf16 matrix product: {peak / 1e12:.0f} TFLOP/s")
     rows = []
-    with tempfile.TemporaryDirectory() as name, engine.keep_freed_memory():
+    with tempfile.TemporaryDirectory() as name, memory.keep_freed_memory():
         items = harness.items(options.images, Path(name))
         for part in parts(options.crop, options.batch, options.compile):
             if options.part in part.title:
-                rows += measure(part, items, device, peak, options.repeats)
+                rows += measure(part, items, options.repeats, peak)
     harness.report(rows)
 
 

@@ -8,71 +8,81 @@ Run it where data/cams and models/train_affinity are:
 """
 
 import argparse
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from isim import engine, metrics
-from isim.data import files
-from isim.data.dataset import Item, load_prepared
-from isim.labels import random_walk
+from isim import metrics, params
+from isim.data import files, prepared
+from isim.data.prepared import Item
+from isim.labels.walk import walk as random_walk
 from isim.models import affinity
-from isim.params import load, resolve_path
-from isim.stream import computed
+from isim.passes import counts, each, stream
+from isim.runtime import devices
+from isim.runtime.here import Here
 
 BETAS, STEPS_LOG2 = (4, 8, 16, 32), (4, 6, 8)
 ALPHAS, THRESHOLDS = (2, 4, 8, 16), (0.2, 0.3, 0.4, 0.5)
 
+Planes = NDArray[np.float32]
 
-def score(checkpoint: Path, items: tuple[Item, ...], split: str, num_labels: int) -> None:
-    """Print a row a setting, the best first."""
-    network, config = affinity.load(checkpoint)
-    device = engine.default_device()
-    engine.place(network, device)
-    precision = engine.resolve_precision(load(Path("params.yaml")).random_walk.precision, device)
-    confusions: dict[tuple[str, ...], np.ndarray] = defaultdict(
-        lambda: np.zeros((num_labels, num_labels), np.int64)
-    )
 
-    def affinities_of(_: Sequence[Item], images: Tensor) -> list[Tensor]:
-        with engine.autocast(precision, device):
-            return [affinity.of_image(network, config, image) for image in images]
+def walked(planes: Planes, near: Planes, radius: int) -> Iterator[tuple[str, Planes, Any]]:
+    """Walk CAMs at every setting.
 
-    for item, found in computed(affinities_of, items, device):
-        assert item.mask is not None
-        affinities = found.cpu().numpy()
-        ids = item.class_ids
-        path = Path("data/cams") / split / f"{item.id}.npz"
-        planes, size = files.read_cam_of(path, item.image, ids)
-        truth = files.read_truth(item.mask, size, num_labels)
-        planes = random_walk.resize(planes, affinities.shape[1:])
-
-        def add(walked: np.ndarray, background: float | np.ndarray, *setting: str) -> None:
-            label = random_walk.label_map(walked.copy(), ids, size, background)  # noqa: B023
-            counts = metrics.confusion_matrix(truth, label, num_labels)  # noqa: B023
-            confusions[setting] += counts
-
+    Yields:
+        Words for the table, planes (K', h, w), and the background for `walk.label_map`.
+    """
+    for threshold in THRESHOLDS:
+        yield f"- | none | constant {threshold}", planes, threshold
+    powers = np.stack([random_walk.background_plane(planes, alpha) for alpha in ALPHAS])
+    for beta, t in product(BETAS, STEPS_LOG2):
+        moves = random_walk.transition(near, radius, beta)
+        moved = random_walk.walk(np.concatenate([powers, planes]), moves, t)
+        backgrounds, found = moved[: len(ALPHAS)], moved[len(ALPHAS) :]
+        for alpha, background in zip(ALPHAS, backgrounds, strict=True):
+            yield f"{beta} | 2^{t} | power {alpha}", found, background
         for threshold in THRESHOLDS:
-            add(planes, threshold, "-", "none", f"constant {threshold}")
-        powers = np.stack([random_walk.background_plane(planes, alpha) for alpha in ALPHAS])
-        for beta, t in product(BETAS, STEPS_LOG2):
-            matrix = random_walk.transition(affinities, config.radius, beta)
-            walked = random_walk.walk(np.concatenate([powers, planes]), matrix, t)
-            for plane, alpha in zip(walked, ALPHAS, strict=False):
-                add(walked[len(ALPHAS) :], plane, str(beta), f"2^{t}", f"power {alpha}")
-            for threshold in THRESHOLDS:
-                add(walked[len(ALPHAS) :], threshold, str(beta), f"2^{t}", f"constant {threshold}")
-    print(f"{checkpoint}, {len(items)} images of {split}")
+            yield f"{beta} | 2^{t} | constant {threshold}", found, threshold
+
+
+def score(checkpoint: Path, items: Sequence[Item], cams: Path, num_labels: int) -> None:
+    """Print a row a setting, the best first."""
+    here = Here(Path(), params.load(Path("params.yaml")).random_walk.precision)
+    network, config = affinity.load(checkpoint)
+    devices.place(network, here.device)
+
+    def affinities(_: Sequence[Item], images: Tensor) -> list[stream.Tensors]:
+        with devices.autocast(here.precision, here.device):
+            return [(affinity.of_image(network, config, image),) for image in images]
+
+    def finish(item: Item, near: stream.Array) -> dict[str, Any]:
+        ids = item.class_ids
+        planes, size = files.read_cam_of(cams / f"{item.id}.npz", item.image, ids)
+        planes = random_walk.resize(planes, (near.shape[1], near.shape[2]))
+        labels = {
+            setting: random_walk.label_map(found, ids, size, background)
+            for setting, found, background in walked(planes, near, config.radius)
+        }
+        return counts.scored(item, labels, num_labels)
+
+    lines = each.image(here, items, finish, name=None, compute=affinities).lines
+    print(f"{checkpoint}, {len(items)} images of {cams.name}")
     print("| beta | steps | background | mIoU | precision | recall |\n|---|---|---|---|---|---|")
-    figures = {k: metrics.segmentation_figures("", v) for k, v in confusions.items()}
+    figures = {
+        setting: metrics.segmentation_figures(
+            "", counts.total(lines, setting, (num_labels, num_labels))
+        )
+        for setting in lines[0].keys() - {"id"}
+    }
     for setting, row in sorted(figures.items(), key=lambda entry: -entry[1]["miou"]):
-        cells = (*setting, *(f"{100 * row[name]:.2f}" for name in ("miou", "precision", "recall")))
-        print(f"| {' | '.join(cells)} |", flush=True)
+        cells = (f"{100 * row[name]:.2f}" for name in ("miou", "precision", "recall"))
+        print(f"| {setting} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -81,11 +91,11 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--every", type=int, default=1, help="score every k-th image")
     arguments = parser.parse_args()
-    prepared = load_prepared(Path("data/prepared"), partial(resolve_path, root=Path.cwd()))
-    split = load(Path("params.yaml")).train_affinity.split
-    items = tuple(item for item in prepared.split(split) if item.mask)[:: arguments.every]
+    data = prepared.load(Path.cwd())
+    split = params.load(Path("params.yaml")).train_affinity.split
+    items = [item for item in data.split(split) if item.mask][:: arguments.every]
     for checkpoint in arguments.checkpoints or [Path("models/train_affinity/model.safetensors")]:
-        score(checkpoint, items, split, len(prepared.classes) + 1)
+        score(checkpoint, items, Path("data/cams") / split, len(data.classes) + 1)
 
 
 if __name__ == "__main__":

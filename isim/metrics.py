@@ -1,11 +1,14 @@
 """Scores: one int64 confusion matrix a split (spec 8) and multi-label figures (paper Table 1)."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORE = 255
+# Labels of pixels: 0 is the background, 255 stands for what is not counted.
+BACKGROUND, IGNORE = 0, 255
 
 
 def confusion_matrix(
@@ -15,7 +18,7 @@ def confusion_matrix(
 
     Args:
         truth: (H, W) labels 0..L-1 or 255.
-        prediction: (H, W) labels 0..L-1, same size.
+        prediction: (H, W) labels 0..L-1.
         num_labels: L = K + 1.
 
     Returns:
@@ -36,55 +39,23 @@ def confusion_matrix(
     return counts.reshape(num_labels, num_labels)
 
 
-def sweep_confusion(
-    truth: NDArray[np.uint8],
-    best: NDArray[np.uint8],
-    height: NDArray[np.float32],
-    thresholds: NDArray[np.float32],
-    num_labels: int,
-) -> NDArray[np.int64]:
-    """Confusion matrices of the seeds at many thresholds, from one count.
-
-    A pixel has the label `best` where `height` is above the threshold, else background.
-
-    Args:
-        truth: (H, W) labels 0..L-1 or 255 (dropped).
-        best: (H, W) label of the highest CAM, 1..L-1; anything where no class is labelled.
-        height: (H, W) value of that CAM.
-        thresholds: (T,) ascending.
-        num_labels: L = K + 1.
-
-    Returns:
-        (T, L, L) counts; each equals `confusion_matrix` of the seed at that threshold.
-    """
-    levels = np.searchsorted(thresholds, height, side="left")
-    return level_confusion(truth, best, levels, len(thresholds), num_labels)
-
-
 def level_confusion(
     truth: NDArray[np.uint8],
     best: NDArray[np.uint8],
     levels: NDArray[np.integer[Any]],
-    thresholds: int,
+    *,
+    num_thresholds: int,
     num_labels: int,
 ) -> NDArray[np.int64]:
-    """`sweep_confusion` from the number of thresholds that each pixel rises above.
+    """Confusion matrices (T, L, L) of the seeds at T ascending thresholds, from one count.
 
-    Args:
-        truth: As in `sweep_confusion`.
-        best: Likewise.
-        levels: (H, W) integers 0..T.
-        thresholds: T.
-        num_labels: L = K + 1.
-
-    Returns:
-        (T, L, L) counts.
+    A pixel has the label `best` (H, W) at the lowest thresholds, as many as `levels` (H, W), 0..T,
+    says, and is background at the others. Each equals `confusion_matrix` of that seed.
     """
     counted = truth != IGNORE
-    code = (truth[counted].astype(np.int64) * num_labels + best[counted]) * (
-        thresholds + 1
-    ) + levels[counted]
-    size = (num_labels, num_labels, thresholds + 1)
+    size = (num_labels, num_labels, num_thresholds + 1)
+    pairs = truth[counted].astype(np.int64) * num_labels + best[counted]
+    code = pairs * size[2] + levels[counted]
     counts = np.bincount(code, minlength=int(np.prod(size))).reshape(size)
     # At threshold i the pixels of levels above i are foreground: sum from the right.
     foreground = counts[..., ::-1].cumsum(-1)[..., ::-1][..., 1:]  # (L, L, T)
@@ -94,48 +65,47 @@ def level_confusion(
 
 
 def iou(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Intersection over union of each label.
+    """Intersection over union of each label: (L,) fractions of (L, L) counts.
 
-    Args:
-        confusion: (L, L) counts.
-
-    Returns:
-        (L,) fractions; nan where a label occurs neither in truth nor in prediction.
+    It is nan where a label occurs neither in truth nor in prediction.
     """
     hits = np.diag(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    ratios = np.full(len(hits), np.nan)
+    np.divide(hits, union, out=ratios, where=union > 0)
+    return ratios
+
+
+def iou_table(
+    names: Sequence[str], columns: Mapping[str, NDArray[np.int64]]
+) -> list[dict[str, Any]]:
+    """List the `iou` of L named labels in named (L, L) counts: a row a label, with its `class`."""
+    ious = {column: iou(confusion).tolist() for column, confusion in columns.items()}
+    return [
+        {"class": name} | {column: values[place] for column, values in ious.items()}
+        for place, name in enumerate(names)
+    ]
 
 
 def miou(confusion: NDArray[np.int64]) -> float:
     """Mean of `iou` over the labels that occur; nan when nothing was counted."""
     values = iou(confusion)
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
 def precision_recall(confusion: NDArray[np.int64]) -> tuple[float, float]:
     """Precision and recall of foreground pixels with their right class (spec 8).
 
-    Args:
-        confusion: (L, L) counts, label 0 is the background.
-
-    Returns:
-        Fractions; nan where no pixel is predicted, or is, foreground.
+    They are nan where no pixel is predicted, or is, foreground.
     """
-    hits = float(np.diag(confusion)[1:].sum())
-    predicted, true = float(confusion[:, 1:].sum()), float(confusion[1:].sum())
-    return (
-        hits / predicted if predicted else float("nan"),
-        hits / true if true else float("nan"),
+    hits, predicted, true = (
+        float(counts.sum()) for counts in (np.diag(confusion)[1:], confusion[:, 1:], confusion[1:])
     )
+    return hits / predicted if predicted else math.nan, hits / true if true else math.nan
 
 
 def segmentation_figures(name: str, confusion: NDArray[np.int64]) -> dict[str, float]:
-    """Headline figures of an (L, L) confusion matrix (spec 8), their names opened by `name`.
-
-    Returns:
-        `miou`, `precision` and `recall`, as of `miou` and `precision_recall`.
-    """
+    """Headline figures (spec 8): `miou`, `precision` and `recall`, each with `name` before it."""
     precision, recall = precision_recall(confusion)
     figures = {"miou": miou(confusion), "precision": precision, "recall": recall}
     return {f"{name}{key}": value for key, value in figures.items()}
@@ -144,22 +114,19 @@ def segmentation_figures(name: str, confusion: NDArray[np.int64]) -> dict[str, f
 def classification_figures(
     labels: NDArray[np.float32], scores: NDArray[np.float32]
 ) -> dict[str, float]:
-    """The figures logged each epoch (spec 3.6).
-
-    Args:
-        labels: (N, K) multi-hot image labels.
-        scores: (N, K) logits; a class is predicted where its logit is above 0.
+    """Score image-level predictions, (N, K) logits, against (N, K) multi-hot labels (spec 3.6).
 
     Returns:
         `sample_average_precision` (the paper's "accuracy", Table 1; over the images with a
-        class), `element_accuracy` and `class_map` (mean average precision over the classes with
-        a positive image). The first and the last are nan where no image has a class.
+        class), `element_accuracy` (a class is predicted where its logit is above 0) and
+        `class_map` (mean average precision over the classes with a positive image). The first
+        and the last are nan where no image has a class.
     """
-    # Imported here: the CRF workers import this module and need none of scikit-learn.
+    # Imported here: scoring label maps needs none of scikit-learn, which is slow to import.
     from sklearn.metrics import average_precision_score, label_ranking_average_precision_score
 
     with_class, occurs = labels.any(1), labels.any(0)
-    ranking = class_map = float("nan")
+    ranking = class_map = math.nan
     if with_class.any():
         # The same figure as average_precision_score(average="samples"), which takes a single
         # class for something else.

@@ -1,14 +1,24 @@
-"""Typed parameters: one frozen section a stage, no defaults (they live in params.yaml)."""
+"""Typed parameters: one frozen section a stage.
+
+There are no defaults: params.yaml has all values, and says beside them what each means.
+"""
 
 import difflib
-import hashlib
-import json
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -17,9 +27,14 @@ from isim.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(gt=0, le=4)]
+Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
+Splits = Annotated[tuple[str, ...], Field(min_length=1)]
+Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
-Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -28,8 +43,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(splits)) < len(splits):
+        raise ValueError("a split is named twice; name each once")
+    return splits
+
+
+def _ordered(low: str, high: str, unequal: str = "") -> Any:  # noqa: ANN401 - pydantic's
+    """Make a validator: `low` is at most `high`, or below it where `unequal` says why."""
+
+    def check(section: Section) -> Section:
+        one, other = getattr(section, low), getattr(section, high)
+        if one > other or (unequal and one == other):
+            bound = "be below" if unequal else "not be above"
+            raise ValueError(f"{low} ({one}) must {bound} {high} ({other}){unequal}")
+        return section
+
+    return model_validator(mode="after")(check)
+
+
 class Shapes(Section):
-    """The generated data set (spec 2): counts of images and their side in pixels."""
+    """Generated data set (spec 2): counts of images and their side in pixels."""
 
     train: Positive
     val: Positive
@@ -37,7 +71,7 @@ class Shapes(Section):
 
 
 class Prepare(Section):
-    """Where the images come from."""
+    """Source of the images."""
 
     source: Literal["shapes", "voc", "folder"]
     root: str
@@ -49,40 +83,40 @@ class Prepare(Section):
 
 
 class Crf(Section):
-    """Fully connected CRF (spec 5, set `labels`); sxy in pixels, srgb in 8-bit levels.
+    """Fully connected CRF (spec 5): sxy in pixels, srgb in 8-bit levels."""
 
-    `backend` is what computes it; `auto`: the fastest that there is.
-    """
-
-    backend: Literal["auto", "pydensecrf", "compiled", "torch"]
     steps: Annotated[int, Field(ge=0, le=100)]
     gt_prob: Fraction
-    gaussian_sxy: Annotated[float, Field(gt=0)]
+    gaussian_sxy: Width
     gaussian_compat: Rate
-    bilateral_sxy: Annotated[float, Field(gt=0)]
-    bilateral_srgb: Annotated[float, Field(gt=0)]
+    bilateral_sxy: Width
+    bilateral_srgb: Width
     bilateral_compat: Rate
 
 
-class Optimizer(Section):
-    """SGD with a poly schedule (paper 4.1). `poly_epochs` 0 means all epochs.
+# Spec 3.4: the two profiles that results are named after.
+_BOTH = {"weight_decay": 1e-4, "encoder_rate": 0.1, "classifier_rate": 1.0, "poly_power": 0.9}
+PROFILES = {
+    "paper": _BOTH | {"momentum": 0.9, "decoder_rate": 0.01, "poly_epochs": 0},
+    "official": _BOTH | {"momentum": 1e-4, "decoder_rate": 0.1, "poly_epochs": 5},
+}
 
-    `profile` names a set of values; any other combination must be called `custom`.
-    """
+
+class Optimizer(Section):
+    """SGD with a poly schedule (paper 4.1); a profile other than `custom` means fixed values."""
 
     profile: Literal["paper", "official", "custom"]
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: BelowOne
     weight_decay: Rate
     encoder_rate: Rate
     decoder_rate: Rate
     classifier_rate: Rate
-    poly_power: Annotated[float, Field(ge=0)]
+    poly_power: Rate
     poly_epochs: NonNegative
 
     @model_validator(mode="after")
     def _profile_names_its_values(self) -> Self:
-        expected = PROFILES.get(self.profile, {})
-        for name, value in expected.items():
+        for name, value in PROFILES.get(self.profile, {}).items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"profile '{self.profile}' means {name}: {value}, but {name} is "
@@ -91,34 +125,38 @@ class Optimizer(Section):
         return self
 
 
-# Spec 3.4: the two profiles that results are named after.
-PROFILES: dict[str, dict[str, float]] = {
-    "paper": {
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "encoder_rate": 0.1,
-        "decoder_rate": 0.01,
-        "classifier_rate": 1.0,
-        "poly_power": 0.9,
-        "poly_epochs": 0,
-    },
-    "official": {
-        "momentum": 1e-4,
-        "weight_decay": 1e-4,
-        "encoder_rate": 0.1,
-        "decoder_rate": 0.1,
-        "classifier_rate": 1.0,
-        "poly_power": 0.9,
-        "poly_epochs": 5,
-    },
-}
+class Sgd(Section):
+    """SGD with a poly schedule over all epochs; the head learns at `head_factor` times `rate`."""
+
+    momentum: BelowOne
+    weight_decay: Rate
+    rate: Rate
+    head_factor: Rate
+    poly_power: Rate
+
+
+class Training(Section):
+    """Parameters that all trainings have."""
+
+    split: str
+    seed: NonNegative
+    encoder: str
+    weights: str
+    output_stride: Literal[8, 16, 32]
+    input_norm: Literal["encoder", "unit"]
+    crop: Annotated[int, Field(ge=32)]
+    batch: Positive
+    epochs: Positive
+    precision: Precision
+    compile: bool
+    pictures: NonNegative
 
 
 METHODS = ("cam", "deeplabcam", "unetcam_learnable", "unetcam_bilinear")
 
 
+# Which architectures smp has is known where networks are built: this module stays light.
 def _known_method(method: str) -> str:
-    # Which architectures there are is known where networks are built: this module stays light.
     if method not in METHODS and not re.fullmatch(r"smp:\w+", method):
         raise ValueError(
             f"there is no '{method}'; use {', '.join(METHODS)} or smp:<Name>, such as smp:FPN"
@@ -126,39 +164,25 @@ def _known_method(method: str) -> str:
     return method
 
 
+Method = Annotated[str, AfterValidator(_known_method)]
+
+
 class Converged(Section):
-    """When losses have converged; `isim.rounds.Convergence` states the rule."""
+    """Rule by which losses have converged; `isim.training.rounds.converged` states the rule."""
 
     patience: Positive
-    tolerance: Annotated[float, Field(ge=0, lt=1)]
+    tolerance: BelowOne
     cap: Positive
 
 
-class TrainCam(Section):
-    """The ISIM loop (spec 3).
+class TrainCam(Training):
+    """The ISIM loop (spec 3)."""
 
-    `method` is `cam` (no decoder), `deeplabcam`, `unetcam_learnable` (transposed convolutions),
-    `unetcam_bilinear`, or `smp:<Name>`, an architecture of segmentation-models-pytorch.
-    `encoder` is any timm encoder that has maps at strides 2 (or 4) to `output_stride` and takes
-    images of any size. `decoder_channels` is the width of the decoder's widest map (ASPP; first
-    of the U-Net's steps, each half the one before); `atrous_rates` serve the DeepLabs only.
-    `score_every` counts epochs; 0 stands for never.
-    """
-
-    method: Annotated[str, AfterValidator(_known_method)]
-    split: str
+    method: Method
     eval_split: str
-    seed: NonNegative
-    encoder: str
-    weights: str
-    output_stride: Literal[8, 16, 32]
-    encoder_norm: Literal["batch", "frozen"]
-    input_norm: Literal["encoder", "unit"]
+    encoder_norm: Norm
     atrous_rates: tuple[Positive, Positive, Positive]
     decoder_channels: Positive
-    crop: Annotated[int, Field(ge=32)]
-    batch: Positive
-    epochs: Positive
     warmup_epochs: Positive
     round_rule: Literal["frequency", "convergence"]
     round_every: Positive
@@ -166,38 +190,31 @@ class TrainCam(Section):
     score_every: NonNegative
     segmentation_weight: Rate
     optimizer: Optimizer
-    precision: Precision
-    compile: bool
     scales: Scales
     flip: bool
     threshold: Fraction
     crf: Crf
-    pictures: NonNegative
+
+    _warmup_ends = _ordered("warmup_epochs", "epochs", ", or no pseudo-label is ever made")
 
     @property
     def certain_rounds(self) -> int:
-        """How many rounds there are at least, whatever the losses; by frequency, exactly.
+        """Number of rounds that there are at least, whatever the losses; by frequency, exactly.
 
-        The first follows `warmup_epochs`, the next at the latest `round_every` epochs later
-        (`cap` with convergence), none the last epoch. `isim.rounds.due` is what decides, a
-        layer above this one; a test holds the count against it.
+        `isim.training.rounds.due` decides, a layer above this one: a test holds them together.
         """
         every = self.round_every if self.round_rule == "frequency" else self.convergence.cap
         return 1 + (self.epochs - 1 - self.warmup_epochs) // every
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs}), "
-                "or no pseudo-label is ever made"
-            )
-        if self.method == "deeplabcam" and self.output_stride == 32:
+        stride = self.output_stride
+        if self.method == "deeplabcam" and stride == 32:
             raise ValueError("output_stride 32 is too coarse for deeplabcam; use 16 or 8")
-        if self.method != "cam" and self.crop % self.output_stride:
+        if self.method != "cam" and self.crop % stride:
             raise ValueError(
-                f"crop ({self.crop}) must be a multiple of output_stride ({self.output_stride}); "
-                f"use {self.crop // self.output_stride * self.output_stride or self.output_stride}"
+                f"crop ({self.crop}) must be a multiple of output_stride ({stride}); "
+                f"use {max(self.crop // stride, 1) * stride}"
             )
         if self.optimizer.profile == "official" and self.batch != 32:
             raise ValueError(
@@ -207,71 +224,31 @@ class TrainCam(Section):
         return self
 
 
-class SegmenterOptimizer(Section):
-    """SGD with a poly schedule over all epochs; the head's rate is `head_factor` times `rate`."""
-
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Rate
-    rate: Rate
-    head_factor: Rate
-    poly_power: Annotated[float, Field(ge=0)]
-
-
-class TrainSegmenter(Section):
-    """A segmenter, trained on a label set and tested over scales (paper 4.1.7; spec 7).
-
-    `threshold` makes label maps of the label set `seeds`. `crf` are the values of spec 5's set
-    `segmenter`, whose unary comes from probabilities: `gt_prob` is not used.
-    """
+class TrainSegmenter(Training):
+    """A segmenter, trained on a label set and tested over scales (paper 4.1.7; spec 7)."""
 
     method: Literal["deeplabv2", "deeplabv3"]
-    split: str
-    eval_splits: Annotated[tuple[str, ...], Field(min_length=1)]
-    seed: NonNegative
-    encoder: str
-    weights: str
+    eval_splits: Annotated[Splits, AfterValidator(_distinct)]
     allow_decoder_weights: bool
     output_stride: Literal[8, 16]
-    encoder_norm: Literal["batch", "frozen"]
-    input_norm: Literal["encoder", "unit"]
+    encoder_norm: Norm
     decoder_channels: Positive
-    crop: Annotated[int, Field(ge=32)]
-    batch: Positive
-    epochs: Positive
-    scale_min: Annotated[float, Field(gt=0, le=4)]
-    scale_max: Annotated[float, Field(gt=0, le=4)]
-    optimizer: SegmenterOptimizer
-    precision: Precision
-    compile: bool
+    scale_min: Scale
+    scale_max: Scale
+    optimizer: Sgd
     threshold: Fraction
     test_scales: Scales
     test_flip: bool
     crf_after: bool
     crf: Crf
-    pictures: NonNegative
 
-    @model_validator(mode="after")
-    def _scales_are_a_range(self) -> Self:
-        if self.scale_min > self.scale_max:
-            raise ValueError(
-                f"scale_min ({self.scale_min}) must not be above scale_max ({self.scale_max})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _splits_differ(self) -> Self:
-        if len(set(self.eval_splits)) < len(self.eval_splits):
-            raise ValueError("eval_splits names a split twice; name each once")
-        return self
+    _scales_are_a_range = _ordered("scale_min", "scale_max")
 
 
 class ExportCams(Section):
-    """CAMs of the final checkpoint, stored at a stride (spec 4).
+    """CAMs of the final checkpoint, stored at a stride (spec 4)."""
 
-    At `threshold` the stage reports what storing at the stride changes.
-    """
-
-    splits: Annotated[tuple[str, ...], Field(min_length=1)]
+    splits: Splits
     scales: Scales
     flip: bool
     stride: Literal[1, 2, 4, 8]
@@ -279,55 +256,22 @@ class ExportCams(Section):
     precision: Precision
 
 
-class TrainAffinity(Section):
-    """AffinityNet (paper 4.1.6; spec 6).
+class TrainAffinity(Sgd, Training):
+    """AffinityNet (paper 4.1.6; spec 6)."""
 
-    Its labels are what the dCRF results of the split's CAMs against the two background planes
-    agree on. `stride` is that of its map, in whose pixels `radius` is; `output_stride` that of
-    its encoder. The layers after the encoder learn at `head_factor` times `rate`.
-    """
-
-    split: str
-    seed: NonNegative
-    encoder: str
-    weights: str
-    output_stride: Literal[8, 16, 32]
-    input_norm: Literal["encoder", "unit"]
     stride: Literal[4, 8]
     radius: Annotated[int, Field(ge=2, le=10)]
     foreground_threshold: Fraction
     background_threshold: Fraction
     crf: Crf
-    crop: Annotated[int, Field(ge=32)]
-    batch: Positive
-    epochs: Positive
-    rate: Rate
-    head_factor: Rate
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Rate
-    poly_power: Annotated[float, Field(ge=0)]
-    precision: Precision
-    compile: bool
-    pictures: NonNegative
 
-    @model_validator(mode="after")
-    def _planes_leave_a_doubt(self) -> Self:
-        if self.foreground_threshold <= self.background_threshold:
-            raise ValueError(
-                f"foreground_threshold ({self.foreground_threshold}) must be above "
-                f"background_threshold ({self.background_threshold}): between them neither is sure"
-            )
-        return self
+    _planes_differ = _ordered("background_threshold", "foreground_threshold", ": none is sure")
 
 
 class RandomWalk(Section):
-    """Random walk of the CAMs along affinities (paper 4.1.6; spec 6).
+    """Random walk of the CAMs along affinities (paper 4.1.6; spec 6)."""
 
-    2^`steps_log2` steps with affinity^`beta`. The background is a plane that is walked, too,
-    (1 - max CAM)^`alpha` (`power`), or the constant `threshold` (`constant`).
-    """
-
-    splits: Annotated[tuple[str, ...], Field(min_length=1)]
+    splits: Splits
     beta: Positive
     steps_log2: Annotated[int, Field(ge=0, le=12)]
     background: Literal["power", "constant"]
@@ -349,20 +293,13 @@ class Evaluate(Section):
     crf: Crf
     pictures: NonNegative
 
-    @model_validator(mode="after")
-    def _sweep_is_a_range(self) -> Self:
-        if self.sweep_start > self.sweep_stop:
-            raise ValueError(
-                f"sweep_start ({self.sweep_start}) must not be above sweep_stop ({self.sweep_stop})"
-            )
-        return self
+    _sweep_is_a_range = _ordered("sweep_start", "sweep_stop")
 
 
-# Label sets and the folder that their maps are found in; those of a round are found by its number.
+# Label sets and the folders of their maps, but for single rounds.
 LABEL_SETS = {
     "ground_truth": "data/prepared",
     "seeds": "data/cams",
-    # Of the highest number that there is, which round_rule and round_every decide.
     "last_round": "data/pseudo_labels",
     "random_walk": "data/random_walk",
     "random_walk_crf": "data/random_walk",
@@ -377,10 +314,9 @@ def label_set_path(name: str) -> str | None:
 
 
 class LabelSet(Section):
-    """What a segmenter is trained on.
+    """Labels that a segmenter is trained on.
 
-    The path follows from the name. It is written out because DVC, which knows of no rules, takes
-    the dependency of a segmenter from it.
+    The path follows from the name, and is there for DVC: it is the dependency of a segmenter.
     """
 
     name: str
@@ -395,19 +331,24 @@ class LabelSet(Section):
                 "such as round_02"
             )
         if self.path != expected:
-            raise ValueError(
-                f"label set '{self.name}' has path {self.path}; write path: {expected}"
-            )
+            raise ValueError(f"{self.name} has path {self.path}; write path: {expected}")
         return self
 
 
-class Params(Section):
-    """All of params.yaml. A stage is handed its own section only.
+# Sections that carry the top level's `crf`; that of `train_segmenter` is its own.
+SHARING_CRF = ("train_cam", "train_affinity", "random_walk", "evaluate")
 
-    `label_sets` is no section: it lists what `train_segmenter` runs for, once each.
+
+class Params(Section):
+    """Content of params.yaml. A stage is handed its own section only.
+
+    `crf` (spec 5, set `labels`) is no stage's, nor is `label_sets`, for which a segmenter is
+    trained each.
     """
 
     prepare: Prepare
+    # Before the sections that carry it: fields are checked in this order.
+    crf: Crf
     train_cam: TrainCam
     export_cams: ExportCams
     train_affinity: TrainAffinity
@@ -416,19 +357,26 @@ class Params(Section):
     evaluate: Evaluate
     label_sets: tuple[LabelSet, ...]
 
-    @model_validator(mode="after")
-    def _label_sets_differ(self) -> Self:
-        names = [labels.name for labels in self.label_sets]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"label_sets lists {twice[0]} twice; list each label set once")
-        return self
+    @field_validator(*SHARING_CRF, mode="before")
+    @classmethod
+    def _carries_the_crf(cls, section: object, info: ValidationInfo) -> object:
+        if not isinstance(section, dict):
+            return section
+        if "crf" in section:
+            raise ValueError(
+                f"its crf is the one at the top level of the file; remove {info.field_name}.crf"
+            )
+        # One that is wrong was reported in its own place, once.
+        return {**section, "crf": info.data.get("crf", Crf.model_construct())}
 
     @model_validator(mode="after")
-    def _rounds_are_made(self) -> Self:
+    def _label_sets_are_made(self) -> Self:
         # Found here, and not by DVC after all the training.
+        names = [labels.name for labels in self.label_sets]
         rounds = self.train_cam.certain_rounds
-        for name in (labels.name for labels in self.label_sets):
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ValueError(f"label_sets lists {name} twice; list each label set once")
             if name.startswith("round_") and int(name[6:]) > rounds:
                 sure = " for certain" if self.train_cam.round_rule == "convergence" else ""
                 raise ValueError(
@@ -463,21 +411,17 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
 
 
 def load(path: Path) -> Params:
-    """Read and check `params.yaml`.
-
-    Raises:
-        UserError: One line that names the first wrong parameter, its value and the fix, and
-            counts the others.
-    """
-    plain = YAML(typ="safe").load(path.read_text()) if read_yaml(path) else {}
-    return validate(plain, str(path))
+    """Read and check `params.yaml`; errors are those of `read_yaml` and of `validate`."""
+    read_yaml(path)
+    return validate(YAML(typ="safe").load(path.read_text()), str(path))
 
 
 def validate(tree: dict[str, Any], where: str) -> Params:
     """Check a plain parameter tree; `where` names its source in errors.
 
     Raises:
-        UserError: As `load`.
+        UserError: One line that names the first wrong parameter, its value and the fix, and
+            counts the others.
     """
     try:
         return Params.model_validate(tree)
@@ -485,14 +429,24 @@ def validate(tree: dict[str, Any], where: str) -> Params:
         raise UserError(_explain(error, where)) from error
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def _explain(error: ValidationError, where: str) -> str:
     errors = error.errors(include_url=False)
     # An unknown name is usually a misspelling of one reported missing: show it first.
     errors.sort(key=lambda item: item["type"] != "extra_forbidden")
-    first = errors[0]
-    name = ".".join(str(part) for part in first["loc"])
+    first, *others = errors
     if first["type"] == "extra_forbidden":
-        known = _names(Params, first["loc"][:-1])
+        known = _names(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         text = f"unknown parameter; {hint}"
@@ -502,56 +456,15 @@ def _explain(error: ValidationError, where: str) -> str:
         text = first["msg"].removeprefix("Value error, ")
     else:
         text = f"{first['msg']}, got {first['input']!r}"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    place = f"{where}: {name}" if name else where
-    return f"{place}: {text}{more}"
+    place = f": {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}{place}: {text}{more}"
 
 
-def _names(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    # A number is a place in a list.
-    for part in (part for part in loc if isinstance(part, str)):
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        inner = (get_args(field.annotation) or (field.annotation,))[0]
-        if not isinstance(inner, type) or not issubclass(inner, BaseModel):
-            return []
-        model = inner
-    return list(model.model_fields)
-
-
-def digest(section: BaseModel) -> str:
-    """SHA-256 (first 12 hex digits) of a section's canonical JSON."""
-    text = json.dumps(section.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def home(root: Path) -> Path:
-    """The folder that state outside DVC is anchored on: `$DVC_ROOT`, else `root`.
-
-    `dvc exp run --temp` works in a copy that is deleted; DVC_ROOT still names the repository.
-    """
-    return Path(os.environ.get("DVC_ROOT", root)).resolve()
-
-
-def resolve_path(text: str, root: Path) -> Path:
-    """Expand `$ISIM_DATA` and `$ISIM_SHARED` (and any other variable) in a path parameter.
-
-    Args:
-        text: A path as written in params.yaml.
-        root: The project folder, used when `$DVC_ROOT` is unset.
-
-    Returns:
-        An absolute path; relative ones are taken from `home(root)`.
-
-    Raises:
-        UserError: A variable without a value.
-    """
-    defaults = {"ISIM_DATA": "data/raw", "ISIM_SHARED": "../shared"}
-    for name, value in defaults.items():
-        used = os.environ.get(name, value)
-        text = text.replace(f"${{{name}}}", used).replace(f"${name}", used)
-    expanded = os.path.expanduser(os.path.expandvars(text))
-    if "$" in expanded:
-        raise UserError(f"the path {text} uses a variable that is not set; export it or edit it")
-    return (home(root) / expanded).resolve()
+def _names(place: tuple[int | str, ...]) -> list[str]:
+    """Parameters of the section at `place`, in which numbers are places in a list."""
+    section: Any = Params
+    for name in (part for part in place if isinstance(part, str)):
+        kind = section.model_fields[name].annotation
+        section = (get_args(kind) or (kind,))[0]
+    return list(section.model_fields)

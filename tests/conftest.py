@@ -1,6 +1,5 @@
 """Fixtures that several test modules share."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isim import params
+from isim.experiments import preset
 
 # As the entry point does, before torch is imported: on a busy machine threads that spin make the
 # suite several times slower.
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 VOC_NAMES = {"bird": 3, "cat": 8, "cow": 10, "dog": 12, "person": 15}
 MakeDevkit = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
-TINY = params.load(ROOT / "isim/presets/tiny.yaml")
+TINY = preset.parameters("tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +90,7 @@ def _record(monkeypatch):
     def stage_run(*_, **__):
         yield recorder
 
-    monkeypatch.setattr("isim.tracking.stage_run", stage_run)
-    monkeypatch.setattr("isim.stages.prepare.stage_run", stage_run)
+    monkeypatch.setattr("isim.reporting.tracking.stage_run", stage_run)
     for name in ("DVC_ROOT", "DVC_EXP_NAME", "ISIM_DATA", "ISIM_SHARED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ISIM_DEVICE", "cpu")
@@ -107,6 +105,12 @@ def recorder(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def record():
+    """A function that puts a recorder in place of MLflow, for fixtures of a wider scope."""
+    return _record
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """Parameters of the preset `tiny`."""
     return TINY
@@ -118,7 +122,7 @@ def prepared_project(tmp_path_factory):
     from isim.stages import prepare
 
     root = tmp_path_factory.mktemp("prepared")
-    shutil.copy(ROOT / "isim/presets/tiny.yaml", root / "params.yaml")
+    preset.write("tiny", root / "params.yaml")
     with pytest.MonkeyPatch.context() as monkeypatch:
         _record(monkeypatch)
         prepare.run(TINY.prepare, root)
@@ -128,12 +132,12 @@ def prepared_project(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished_project(prepared_project, tmp_path_factory):
     """A project of preset `tiny` with all but the segmenters; never change it, copy it."""
-    from isim import engine
+    from isim.runtime import devices
     from isim.stages import evaluate, export_cams, random_walk, train_affinity, train_cam
 
     root = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(prepared_project, root)
-    with pytest.MonkeyPatch.context() as monkeypatch, engine.intra_op_threads(1):
+    with pytest.MonkeyPatch.context() as monkeypatch, devices.intra_op_threads(1):
         _record(monkeypatch)
         train_cam.run(TINY.train_cam, root)
         export_cams.run(TINY.export_cams, root)
@@ -144,32 +148,15 @@ def finished_project(prepared_project, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def put_true_cams():
-    """A function that puts the masks of `train` in the place of a project's CAMs."""
-    from isim.data import dataset, files
+def copies(prepared_project, tmp_path_factory):
+    """A function that makes one more copy of a project, by default of the prepared one."""
 
-    def put(root):
-        for item in dataset.load_prepared(root / "data/prepared", None).split("train"):
-            ids, truth = item.class_ids, files.read_label_map(item.mask)
-            planes = np.float32(truth[::4, ::4] == ids[:, None, None])
-            files.write_cam(root / f"data/cams/train/{item.id}.npz", planes, ids, truth.shape)
+    def copy(project=prepared_project):
+        root = tmp_path_factory.mktemp("copy") / "project"
+        shutil.copytree(project, root)
+        return root
 
-    return put
-
-
-@pytest.fixture(scope="session")
-def put_inner_split():
-    """A function that makes the first images of a project's `train` a split `inner`, too."""
-
-    def put(root, count):
-        prepared = root / "data/prepared"
-        lines = (prepared / "train.csv").read_text().splitlines()
-        (prepared / "inner.csv").write_text("\n".join(lines[: 1 + count]) + "\n")
-        about = json.loads((prepared / "dataset.json").read_text())
-        about["splits"]["inner"] = count
-        (prepared / "dataset.json").write_text(json.dumps(about))
-
-    return put
+    return copy
 
 
 @pytest.fixture

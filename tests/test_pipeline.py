@@ -1,5 +1,6 @@
 """The real pipeline under DVC and MLflow: preset `tiny` in a repository of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,22 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+
+from isim.experiments import overlay, preset
 
 ROOT = Path(__file__).parent.parent
-PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-TINY = YAML(typ="safe").load((ROOT / "isim/presets/tiny.yaml").read_text())
-LABEL_SETS = [entry["name"] for entry in TINY["label_sets"]]
+PIPELINE = overlay.plain((ROOT / "dvc.yaml").read_text())
+LABEL_SETS = [entry.name for entry in preset.parameters("tiny").label_sets]
 SEGMENTERS = [f"train_segmenter@labels{place}" for place in range(len(LABEL_SETS))]
 STAGES = [
-    stage for name in PIPELINE for stage in (SEGMENTERS if name == "train_segmenter" else [name])
+    stage
+    for name in PIPELINE["stages"]
+    for stage in (SEGMENTERS if name == "train_segmenter" else [name])
 ]
 # The segmenter of the ground truth does not depend on the training.
 CEILING = SEGMENTERS[LABEL_SETS.index("ground_truth")]
 AFTER_TRAINING = [stage for stage in STAGES[1:] if stage != CEILING]
 
 
-def run(folder, *command):
+def run(folder, *command, **changes):
     """Standard output of a command that must succeed, free of the caller's settings."""
     ours = ("DVC_", "GIT_", "ISIM_", "MLFLOW_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
@@ -39,7 +42,7 @@ def run(folder, *command):
         "ISIM_DEVICE": "cpu",
         "ISIM_WORKERS": "0",
         "OMP_NUM_THREADS": "1",
-    }
+    } | changes
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -89,7 +92,7 @@ def test_a_run_leaves_a_clean_tree_and_the_result_table(project):
     rows = [line.split() for line in table.splitlines()]
     assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == ["1", "2"]
     assert {"train", "val"} <= {row[0] for row in rows if row}
-    assert {entry["name"] for entry in TINY["label_sets"]} <= {row[0] for row in rows if row}
+    assert {*LABEL_SETS} <= {row[0] for row in rows if row}
     for place in ("reports/", "data/pseudo_labels/", "make ui"):
         assert place in table
 
@@ -98,10 +101,27 @@ def test_a_second_repro_runs_nothing(project):
     assert stages_run(run(project, "dvc", "repro")) == []
 
 
+def test_an_edited_file_runs_the_stages_again_that_need_it_and_no_other(project):
+    def changed(*files):
+        before = {project / file: (project / file).read_text() for file in files}
+        for path, text in before.items():
+            path.write_text(f"{text}# An edit.\n")
+        status = json.loads(run(project, "dvc", "status", "--json"))
+        for path, text in before.items():
+            path.write_text(text)
+        return [stage for stage in STAGES if stage in status]
+
+    # Label maps are scored without a network.
+    assert changed("isim/models/unet.py") == STAGES[1:-1]
+    assert changed("isim/stages/evaluate.py") == ["evaluate"]
+    assert changed("isim/data/sources/voc.py") == ["prepare"]
+    assert changed("isim/cli.py", "isim/reporting/plots.py", "isim/experiments/paper.yaml") == []
+
+
 def test_all_plots_are_drawn(project):
     run(project, "dvc", "plots", "show")
     page = (project / "dvc_plots/index.html").read_text()
-    for plot in YAML(typ="safe").load((project / "dvc.yaml").read_text())["plots"]:
+    for plot in PIPELINE["plots"]:
         assert next(iter(plot.values()))["title"] in page
 
 
@@ -115,10 +135,10 @@ def test_push_then_pull_one_round_then_everything_elsewhere(project):
     run(clone, "dvc", "pull", "data/pseudo_labels/round_02")
     labels = sorted(path.name for path in (project / "data/pseudo_labels/round_02").iterdir())
     assert len(labels) > 1
-    pulled = [path for path in (clone / "data").rglob("*") if path.is_file()]
+    pulled = [path for path in (clone / "data").glob("*/**/*") if path.is_file()]
     assert sorted(path.name for path in pulled) == labels
     assert {path.parent for path in pulled} == {clone / "data/pseudo_labels/round_02"}
-    assert not (clone / "models").exists()
+    assert [path.name for path in (clone / "models").iterdir()] == ["README.md"]
 
     run(clone, "dvc", "pull")
     assert stages_run(run(clone, "dvc", "repro")) == []
@@ -146,7 +166,8 @@ def test_experiments_keep_their_results_and_runs_and_going_back_runs_nothing(pro
     assert run(project, "git", "status", "--porcelain") == "", "figures are the first run's again"
 
     options = ("--temp", "--name", "in-a-copy", "-S", "evaluate.threshold=0.45")
-    assert stages_run(run(project, "dvc", "exp", "run", *options)) == ["evaluate"]
+    done = run(project, "dvc", "exp", "run", *options, ISIM_PROCESSES="2")
+    assert stages_run(done) == ["evaluate"]
     assert run(project, "git", "status", "--porcelain") == "", "the copy leaves this tree alone"
 
     names = run(project, "dvc", "exp", "list", "--name-only").split()
@@ -180,4 +201,4 @@ def check_tracking(project):
     (first,) = children.values()
     assert sorted(first) == sorted(stage.split("@")[0] for stage in STAGES)
     names = {run.data.tags.get("label_set") for run in runs}
-    assert names == {None, *(entry["name"] for entry in TINY["label_sets"])}
+    assert names == {None, *LABEL_SETS}

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from isim import params
+from isim.experiments import preset
+from isim.runtime.paths import resolve_path
 from isim.stages import evaluate, export_cams, prepare, train_cam
 
 ROOT = Path(__file__).parent.parent
-PRESET = params.load(ROOT / "isim/presets/voc-sample-mobilenetv2.yaml")
-DEVKIT = params.resolve_path(PRESET.prepare.root, ROOT) / "VOCdevkit/VOC2012"
+PRESET = preset.parameters("voc-sample-mobilenetv2")
+DEVKIT = resolve_path(PRESET.prepare.root, ROOT) / "VOCdevkit/VOC2012"
 
 
 @pytest.mark.skipif(not DEVKIT.is_dir(), reason="no VOC sample below $ISIM_SHARED")

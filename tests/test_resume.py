@@ -1,128 +1,109 @@
 """A stage that was killed goes on where it was and ends bit-equal to an unbroken run."""
 
-import csv
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from fnmatch import fnmatch
+from typing import NamedTuple
 
 import psutil
 import pytest
+from support.runs import family, isim, nursery, outs, wait_for
 
-HERE = Path(__file__).parent
-# Figures of speed; nothing else may differ.
-TIMES = {"seconds", "images_per_second", "waiting_share"}
-KILLED, ENDED = int(signal.SIGKILL), 0
+KILLED, ENDED = -int(signal.SIGKILL), 0
 UNBROKEN = (None, 0)
+SEGMENTER = {"stage": "train_segmenter", "arguments": ["round_02"]}
 
 
-def environment(**changes):
-    ours = ("DVC_", "ISIM_", "MLFLOW_")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    fixed = {"ISIM_DEVICE": "cpu", "ISIM_WORKERS": "0", "OMP_NUM_THREADS": "1"}
-    return inherited | fixed | changes
+class Life(NamedTuple):
+    """How a process ended; steps of the optimizer that it began, images that it finished."""
 
-
-def without_times(path):
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-    if path.name == "metrics.json":
-        return json.loads(
-            path.read_text(), object_hook=lambda d: {k: d[k] for k in d.keys() - TIMES}
-        )
-    return path.read_bytes()
-
-
-def outs(root):
-    """Every out and report of the stages that can be resumed, by path."""
-    folders = (
-        "models",
-        "data/pseudo_labels",
-        "data/cams",
-        "data/affinity_labels",
-        "data/random_walk",
-        "reports/train_cam",
-        "reports/export_cams",
-        "data/predictions",
-        "reports/train_segmenter",
-        "reports/train_affinity",
-        "reports/random_walk",
-    )
-    return {
-        str(path.relative_to(root)): without_times(path)
-        for folder in folders
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
-    }
-
-
-def assert_equal_outs(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
+    code: int
+    steps: int = 0
+    images: int = 0
 
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory):
-    """A function that runs `stage` once a (moment, count), which kills it; what each did."""
-    log = tmp_path_factory.mktemp("nursery") / "stderr"
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, str(HERE / "killed_stage.py")],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as nursery,
-    ):
+    """A function that runs a stage once a (moment, count), which kills it."""
 
-        def answer(root, stage, arguments, changes, moment, count):
-            step = {"root": str(root), "stage": stage, "arguments": arguments, "changes": changes}
-            step |= {"moment": moment, "count": count}
-            nursery.stdin.write(json.dumps(step) + "\n")
-            nursery.stdin.flush()
-            line = nursery.stdout.readline()
-            assert line, log.read_text()
-            return json.loads(line)
+    def life(rank):
+        assert rank["code"] in (KILLED, ENDED), rank["said"]
+        # CAMs of the images that are drawn come on top.
+        images = [name for name in rank["images"] if not fnmatch(name, "round_*/*.npz")]
+        return Life(rank["code"], len(rank["losses"]), len(images))
 
-        def run(root, *steps, stage="train_cam", arguments=(), **changes):
-            return [answer(root, stage, arguments, changes, *step) for step in steps]
+    with nursery(tmp_path_factory.mktemp("nursery") / "stderr") as run:
 
-        yield run
+        def live(root, *steps, stage="train_cam", arguments=(), **changes):
+            what = {"stage": stage, "arguments": arguments, "changes": changes}
+            found = []
+            for moment, count in steps:
+                death = {"moment": moment, "count": count, "victim": 0} if moment else {}
+                found += map(life, run(root, 1, **what, **death))
+            return found
+
+        yield live
 
 
 @pytest.fixture(scope="module")
-def copies(prepared_project, tmp_path_factory):
-    """A function that makes one more copy of the prepared project."""
+def unbroken(copies, lives):
+    """A project whose stages nothing has interrupted."""
+    root = copies()
+    expected = {
+        "train_cam": Life(ENDED, 6, 32),
+        "export_cams": Life(ENDED, 0, 16 + 8),
+        "train_affinity": Life(ENDED, 6, 16),
+        "random_walk": Life(ENDED, 0, 16 + 16),
+        # Each image of val is written twice, before and after the dCRF.
+        "train_segmenter": Life(ENDED, 4, 8 + 8),
+        "evaluate": Life(ENDED, 0, 2 + 2),
+    }
+    for stage, life in expected.items():
+        arguments = SEGMENTER["arguments"] if stage == "train_segmenter" else ()
+        assert lives(root, UNBROKEN, stage=stage, arguments=arguments) == [life]
+        assert kept(root, stage) == []
+    return root
 
-    def copy():
-        root = tmp_path_factory.mktemp("resume") / "project"
-        shutil.copytree(prepared_project, root)
+
+@pytest.fixture
+def broken(unbroken, copies):
+    """A function that copies the project with nothing but what the stages before one made."""
+
+    def copy(stage):
+        root = copies(unbroken)
+        for name in (f"reports/{stage}", f"models/{stage}", *OUTS[stage]):
+            shutil.rmtree(root / name, ignore_errors=True)
         return root
 
     return copy
 
 
-@pytest.fixture(scope="module")
-def unbroken(copies, lives):
-    """A project whose training nothing has interrupted."""
-    root = copies()
-    (life,) = lives(root, UNBROKEN)
-    assert life == {"signal": ENDED, "epochs": [1, 2, 3], "images": 32}
-    assert not (root / ".isim/resume/train_cam").exists()
-    return root
+OUTS = {
+    "train_cam": ("data/pseudo_labels",),
+    "export_cams": ("data/cams",),
+    "train_affinity": ("data/affinity_labels",),
+    "random_walk": ("data/random_walk",),
+    "train_segmenter": ("data/predictions",),
+    "evaluate": (),
+}
 
 
-def test_a_training_that_is_killed_again_and_again_ends_bit_equal(unbroken, copies, lives):
-    root = copies()
-    *broken, last = lives(
+def kept(root, stage):
+    """What a stage could go on from."""
+    folder = root / ".isim/resume" / stage
+    return [path.relative_to(folder) for path in folder.rglob("*")]
+
+
+def assert_equal_outs(root, expected):
+    found, wanted = outs(root), outs(expected)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def test_a_training_that_is_killed_again_and_again_ends_bit_equal(unbroken, broken, lives):
+    root = broken("train_cam")
+    assert lives(
         root,
         ("before a step of the optimizer", 2),  # in the first epoch: nothing to go on from
         ("after a state was saved", 1),  # right after the epoch, before the round
@@ -131,21 +112,26 @@ def test_a_training_that_is_killed_again_and_again_ends_bit_equal(unbroken, copi
         ("when a model is renamed", 2),  # at the start of the second round, likewise
         ("before a step of the optimizer", 2),  # in the last epoch, with labels
         ("after a folder was copied", 2),  # while publishing: models are there, labels not
-        ("when the resume folder is removed", 1),  # all is published
-    )
-    assert [life["signal"] for life in broken] == [KILLED] * 7
-    assert [life["epochs"] for life in broken] == [[], [1], [], [], [2], [], [3]]
-    # The image at which a process died may have to be done again.
-    assert [life["images"] for life in broken] == [0, 0, 5, 4, 8, 16, 0]
-    assert last == {"signal": KILLED, "epochs": [], "images": 0}
-    expected = outs(unbroken)
-    assert len(expected) == 3 + 32 + 5 + 5
-    assert_equal_outs(outs(root), expected)
-    # Half of the resume state is gone: what is left of it must not be taken for a whole.
+        ("when the resume folder is renamed", 1),  # all is published
+        ("when a part of a removed folder is gone", 1),
+    ) == [
+        Life(KILLED, 2),
+        Life(KILLED, 2),
+        # The image at which a process died may have to be done again.
+        Life(KILLED, 0, 5),
+        Life(KILLED, 0, 4),
+        Life(KILLED, 2, 8),
+        Life(KILLED, 2, 16),
+        Life(KILLED, 2),
+        Life(KILLED),
+        Life(KILLED),
+    ]
+    assert_equal_outs(root, unbroken)
+    # What is left of a half removed state is not taken for a whole.
     (again,) = lives(root, UNBROKEN)
-    assert again["signal"] == ENDED
-    assert_equal_outs(outs(root), expected)
-    assert not (root / ".isim/resume/train_cam").exists()
+    assert again == (ENDED, 6, 32)
+    assert_equal_outs(root, unbroken)
+    assert kept(root, "train_cam") == []
 
 
 def test_a_measurement_that_is_killed_is_made_again_and_nothing_else(copies, lives):
@@ -155,16 +141,16 @@ def test_a_measurement_that_is_killed_is_made_again_and_nothing_else(copies, liv
     lives(whole, UNBROKEN, **options)
     found = lives(
         root,
-        ("before an image is scored", 16 + 5),  # in the second measurement, after epoch 3
-        ("before an image is scored", 5),  # again
+        ("after a ground truth was read", 16 + 16 + 5),  # in the second measurement
+        ("after a ground truth was read", 5),  # again
         ("when a measurement is renamed", 1),
-        ("before an image is scored", 16 + 3),  # in the third
+        ("after a ground truth was read", 16 + 3),  # in the third
         UNBROKEN,
         **options,
     )
-    assert [life["signal"] for life in found] == [KILLED] * 4 + [ENDED]
-    assert [life["epochs"] for life in found] == [[1, 2, 3], [], [], [4], []]
-    assert_equal_outs(outs(root), outs(whole))
+    assert [life.code for life in found] == [KILLED] * 4 + [ENDED]
+    assert [life.steps for life in found] == [6, 0, 0, 2, 0]
+    assert_equal_outs(root, whole)
     rows = (root / "reports/train_cam/miou.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [["1", "1"], ["2", ""], ["3", ""], ["4", ""]]
 
@@ -172,182 +158,137 @@ def test_a_measurement_that_is_killed_is_made_again_and_nothing_else(copies, liv
 def test_changed_parameters_start_anew_and_bf16_ends_bit_equal_too(copies, lives):
     whole, root = copies(), copies()
     lives(whole, UNBROKEN, precision="bf16")
-    (other,) = lives(root, ("after a state was saved", 2))
-    assert (other["signal"], other["epochs"]) == (KILLED, [1, 2])
-    steps = (("before a step of the optimizer", 4), ("after a label map", 5), UNBROKEN)
-    first, second, third = lives(root, *steps, precision="bf16")
-    assert (first["signal"], first["epochs"], first["images"]) == (KILLED, [1], 16)
-    assert (second["signal"], second["epochs"], second["images"]) == (KILLED, [2], 5)
-    assert (third["signal"], third["epochs"], third["images"]) == (ENDED, [3], 12)
-    assert_equal_outs(outs(root), outs(whole))
-
-
-def test_an_export_that_is_killed_again_and_again_ends_bit_equal(unbroken, copies, lives):
-    whole, root = copies(), copies()
-    for project in (whole, root):
-        shutil.copytree(unbroken / "models", project / "models")
-    (life,) = lives(whole, UNBROKEN, stage="export_cams")
-    assert life == {"signal": ENDED, "epochs": [], "images": 16 + 8}
-    found = lives(
+    assert lives(root, ("after a state was saved", 2)) == [Life(KILLED, 4, 16)]
+    assert lives(
         root,
-        ("after a CAM", 5),
-        ("when a CAM is renamed", 4),
-        ("after a CAM", 9 + 3),  # in the second split
-        ("after a folder was copied", 1),
-        UNBROKEN,
-        stage="export_cams",
-    )
-    assert [life["signal"] for life in found] == [KILLED] * 4 + [ENDED]
-    assert [life["images"] for life in found] == [5, 3, 12, 6, 0]
-    assert_equal_outs(outs(root), outs(whole))
-    assert not (root / ".isim/resume/export_cams").exists()
-
-
-def test_a_segmenter_that_is_killed_again_and_again_ends_bit_equal(unbroken, copies, lives):
-    whole, root = copies(), copies()
-    for project in (whole, root):
-        shutil.copytree(unbroken / "data/pseudo_labels", project / "data/pseudo_labels")
-    options = {"stage": "train_segmenter", "arguments": ["round_02"]}
-    (life,) = lives(whole, UNBROKEN, **options)
-    # Each image of val is written twice, before and after the dCRF.
-    assert life == {"signal": ENDED, "epochs": [1, 2], "images": 16}
-    found = lives(
-        root,
-        ("before a step of the optimizer", 2),  # in the first epoch: nothing to go on from
-        ("before a step of the optimizer", 3),  # in the second
-        ("after a label map", 5),  # of the third image only the prediction before the dCRF
-        ("when a refined prediction is renamed", 3),
-        ("after a folder was copied", 2),  # the model is there, the predictions are not
-        UNBROKEN,
-        **options,
-    )
-    assert [life["signal"] for life in found] == [KILLED] * 5 + [ENDED]
-    assert [life["epochs"] for life in found] == [[], [1], [2], [], [], []]
-    assert [life["images"] for life in found] == [0, 0, 5, 5, 8, 0]
-    assert_equal_outs(outs(root), outs(whole))
-    assert not (root / ".isim/resume/train_segmenter/round_02").exists()
-    # Nor is another label set taken for it.
-    (other,) = lives(root, ("before a step of the optimizer", 3), **options, seed=1)
-    (ceiling,) = lives(root, UNBROKEN, stage="train_segmenter", arguments=["ground_truth"], seed=1)
-    assert (other["epochs"], ceiling["epochs"]) == ([1], [1, 2])
-    (rest,) = lives(root, UNBROKEN, **options, seed=1)
-    assert rest["epochs"] == [2]
-
-
-@pytest.fixture(scope="module")
-def affine(unbroken, copies, lives):
-    """A project with CAMs, and one whose AffinityNet and random walk nothing has interrupted."""
-    exported = copies()
-    shutil.copytree(unbroken / "models", exported / "models")
-    lives(exported, UNBROKEN, stage="export_cams")
-    whole = exported.parent / "whole"
-    shutil.copytree(exported, whole)
-    (life,) = lives(whole, UNBROKEN, stage="train_affinity")
-    assert life == {"signal": ENDED, "epochs": [1, 2, 3], "images": 16}
-    (life,) = lives(whole, UNBROKEN, stage="random_walk")
-    assert life == {"signal": ENDED, "epochs": [], "images": 16 + 16}
-    return exported, whole
-
-
-def test_affinity_and_walk_that_are_killed_again_and_again_end_bit_equal(affine, lives):
-    exported, whole = affine
-    root = exported.parent / "broken"
-    shutil.copytree(exported, root)
-    found = lives(
-        root,
+        ("before a step of the optimizer", 4),
         ("after a label map", 5),
-        ("when a label map is renamed", 4),  # with a part of a file lying about
-        ("before a step of the optimizer", 2),  # in the first epoch
-        ("before a step of the optimizer", 4),  # in the second
-        ("after a state was saved", 1),
-        ("after a folder was copied", 1),  # the network is published, the labels are not
         UNBROKEN,
-        stage="train_affinity",
-    )
-    assert [life["signal"] for life in found] == [KILLED] * 6 + [ENDED]
-    # The image at which a process died may have to be done again.
-    assert [life["images"] for life in found] == [5, 3, 9, 0, 0, 0, 0]
-    assert [life["epochs"] for life in found] == [[], [], [], [1], [2], [3], []]
-    found = lives(
-        root,
-        ("after a label map", 5),  # a third image's, before it went through the dCRF
-        ("when a label map is renamed", 4),
-        ("after a folder was copied", 1),
-        UNBROKEN,
-        stage="random_walk",
-    )
-    assert [life["signal"] for life in found] == [KILLED] * 3 + [ENDED]
-    assert [life["images"] for life in found] == [5, 3, 26, 0]
-    assert_equal_outs(outs(root), outs(whole))
-    assert len(list((root / "data/random_walk").rglob("*.png"))) == 16 + 16
-    for stage in ("train_affinity", "random_walk"):
-        assert not (root / f".isim/resume/{stage}").exists()
+        precision="bf16",
+    ) == [Life(KILLED, 4, 16), Life(KILLED, 2, 5), Life(ENDED, 2, 12)]
+    assert_equal_outs(root, whole)
 
 
-def isim(root, command):
-    """Start the real command with a helper process, as the leader of a group of processes."""
-    return subprocess.Popen(
-        [str(Path(sys.executable).parent / "isim"), command],
-        cwd=root,
-        env=environment(ISIM_WORKERS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.mark.parametrize(
+    ("stage", "broken_by"),
+    [
+        (
+            "export_cams",
+            {
+                ("after a CAM", 5): Life(KILLED, 0, 5),
+                ("when a CAM is renamed", 4): Life(KILLED, 0, 3),
+                ("after a CAM", 9 + 3): Life(KILLED, 0, 12),  # in the second split
+                ("after a folder was copied", 1): Life(KILLED, 0, 6),
+            },
+        ),
+        (
+            "train_affinity",
+            {
+                ("after a label map", 5): Life(KILLED, 0, 5),
+                ("when a label map is renamed", 4): Life(KILLED, 0, 3),
+                ("before a step of the optimizer", 2): Life(KILLED, 2, 9),  # in the first epoch
+                ("before a step of the optimizer", 4): Life(KILLED, 4),  # in the second
+                ("after a state was saved", 1): Life(KILLED, 2),
+                # The network is published, the labels are not.
+                ("after a folder was copied", 1): Life(KILLED, 2),
+            },
+        ),
+        (
+            "random_walk",
+            {
+                # A third image's, before it went through the dCRF.
+                ("after a label map", 5): Life(KILLED, 0, 5),
+                ("when a label map is renamed", 4): Life(KILLED, 0, 3),
+                ("after a folder was copied", 1): Life(KILLED, 0, 26),
+            },
+        ),
+        (
+            "train_segmenter",
+            {
+                ("before a step of the optimizer", 2): Life(KILLED, 2),
+                ("before a step of the optimizer", 3): Life(KILLED, 3),  # in the second epoch
+                # Of the third image only the prediction before the dCRF.
+                ("after a label map", 5): Life(KILLED, 2, 5),
+                ("when a refined prediction is renamed", 3): Life(KILLED, 0, 5),
+                # The model is there, the predictions are not.
+                ("after a folder was copied", 2): Life(KILLED, 0, 8),
+            },
+        ),
+    ],
+)
+def test_a_stage_that_is_killed_again_and_again_ends_bit_equal(
+    stage, broken_by, unbroken, broken, lives
+):
+    root = broken(stage)
+    options = SEGMENTER if stage == "train_segmenter" else {"stage": stage}
+    assert lives(root, *broken_by, UNBROKEN, **options) == [*broken_by.values(), Life(ENDED)]
+    assert_equal_outs(root, unbroken)
+    assert kept(root, stage) == []
 
 
-def wait_for(process, condition):
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
+def test_scoring_that_is_killed_scores_the_rest(unbroken, broken, lives):
+    root = broken("evaluate")
+
+    def scored():
+        journals = root.glob(".isim/resume/evaluate/*/*/*.jsonl")
+        return sum(len(path.read_text().splitlines()) for path in journals)
+
+    # 16 and 8 images have CAMs, and 16 have label maps of each of two rounds.
+    for count, total in ((5, 5), (16, 21), (24, 45)):
+        lives(root, ("after a line of a journal", count), stage="evaluate")
+        assert scored() == total
+    life = lives(root, ("after a line of a journal", 16 + 8 + 32 - 45 + 1), stage="evaluate")
+    assert life == [Life(ENDED)]
+    assert_equal_outs(root, unbroken)
 
 
-def family(process):
-    return psutil.Process(process.pid).children(recursive=True)
+def test_a_label_set_is_not_taken_for_another_one(broken, lives):
+    root = broken("train_segmenter")
+    other = {"stage": "train_segmenter", "arguments": ["ground_truth"]}
+    assert lives(root, ("before a step of the optimizer", 3), **SEGMENTER) == [Life(KILLED, 3)]
+    assert lives(root, UNBROKEN, **other) == [Life(ENDED, 4, 16)]
+    assert {path.parts[0] for path in kept(root, "train_segmenter")} == {"round_02"}
+    assert lives(root, UNBROKEN, **SEGMENTER) == [Life(ENDED, 2, 16)]
+    assert kept(root, "train_segmenter") == []
 
 
-def assert_all_end(processes):
-    # Helpers of the data loader ask every 5 s whether their parent lives.
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
-
-
-def test_signals_leave_a_state_to_go_on_from_and_no_process(unbroken, copies, lives):
-    root = copies()
+def test_signals_leave_a_state_to_go_on_from_and_no_process(unbroken, broken, lives):
+    root = broken("train_cam")
     resume = root / ".isim/resume/train_cam"
 
-    def labels(name):
-        return lambda: len(list(resume.glob(f"*/pseudo_labels/{name}/[!.]*.png"))) >= 5
+    def made(name="round_01"):
+        found = resume.glob(f"*/pseudo_labels/{name}/[!.]*.png")
+        return {path.name: path.stat().st_mtime_ns for path in found}
 
     def interrupt(process, number, everyone=False):
         helpers = family(process)
         assert helpers
         (os.killpg if everyone else os.kill)(process.pid, number)
         _, err = process.communicate(timeout=60)
-        assert_all_end(helpers)
+        # Helpers of the data loader ask every 5 s whether their parent lives.
+        assert psutil.wait_procs(helpers, timeout=60)[1] == []
         assert "Traceback" not in err
-        assert any(resume.glob("*/state.safetensors")) and not (root / "models").exists()
+        assert any(resume.glob("*/state.safetensors")) and not (root / "models/train_cam").exists()
         return process.returncode
 
-    process = isim(root, "train-cam")
-    wait_for(process, labels("round_01"))
+    process = isim(root, "train-cam", ISIM_WORKERS="1")
+    wait_for(process, lambda: len(made()) >= 5)
     assert interrupt(process, signal.SIGTERM) == 128 + signal.SIGTERM
-    kept = {p.name: p.stat().st_mtime_ns for p in resume.glob("*/pseudo_labels/round_01/[!.]*.png")}
+    before = made()
 
-    process = isim(root, "train-cam")
+    process = isim(root, "train-cam", ISIM_WORKERS="1")
     wait_for(process, lambda: any(resume.glob("*/round_01.json")))
-    now = {p.name: p.stat().st_mtime_ns for p in resume.glob("*/pseudo_labels/round_01/[!.]*.png")}
     # Two images a helper are under way; the others are not done again.
-    assert len(now) == 16 and len(kept.items() & now.items()) >= len(kept) - 2 > 0
+    assert len(made()) == 16 and len(before.items() & made().items()) >= len(before) - 2 > 0
     wait_for(process, lambda: family(process))
     # A terminal sends Ctrl-C to the whole group.
     assert interrupt(process, signal.SIGINT, everyone=True) == 128 + signal.SIGINT
 
-    process = isim(root, "train-cam")
-    wait_for(process, labels("round_02"))
+    process = isim(root, "train-cam", ISIM_WORKERS="1")
+    wait_for(process, lambda: len(made("round_02")) >= 5)
     assert interrupt(process, signal.SIGKILL) == -signal.SIGKILL
 
+    # Helpers and processes do not matter to the state.
     (rest,) = lives(root, UNBROKEN)
-    assert rest["epochs"] == [3], "helpers and processes do not matter to the state"
-    assert_equal_outs(outs(root), outs(unbroken))
+    assert (rest.code, rest.steps) == (ENDED, 2)
+    assert_equal_outs(root, unbroken)

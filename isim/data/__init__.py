@@ -1,1 +1,1 @@
-"""Sources, files and the training set."""
+"""Data: sources, prepared items, crops, label sets, and the files they are stored in."""

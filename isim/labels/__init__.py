@@ -1,1 +1,1 @@
-"""From CAMs to label maps: arrays in, arrays out."""
+"""Label maps from CAMs, arrays or tensors in and out: one folder a method."""

@@ -1,22 +1,23 @@
 """AffinityNet: how alike two near pixels are, whatever their class (paper 4.1.6; spec 6)."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from isim import distributed
 from isim.errors import UserError
-from isim.models import common
+from isim.labels.walk.pairs import half_disc, overlap
+from isim.metrics import IGNORE
+from isim.models import cam, common
+from isim.models import encoder as encoders
 from isim.models.inference import normalize
-from isim.models.losses import IGNORE
-from isim.pairs import half_disc, overlap
+from isim.params import TrainAffinity
+from isim.runtime import processes
 
 # Channels that the last three encoder stages are reduced to (PSA).
 TAP_CHANNELS = (64, 128, 256)
@@ -24,7 +25,7 @@ TAP_CHANNELS = (64, 128, 256)
 
 @dataclass(frozen=True)
 class AffinityConfig(common.Config):
-    """All that is needed to rebuild an AffinityNet from its checkpoint.
+    """Facts that an AffinityNet is rebuilt from.
 
     `map_stride` is that of the affinities, `radius` the reach of a pair in pixels of that map;
     `mean` and `std` are what images in [0, 1] are normalised by.
@@ -42,22 +43,17 @@ class AffinityConfig(common.Config):
 
 
 class AffinityHead(nn.Module):
-    """The new layers: three stages reduced, brought to one size, concatenated and mixed.
-
-    Args:
-        channels: Of the last three encoder stages, shallowest first.
-    """
+    """The new layers: three stages reduced, brought to one size, concatenated and mixed."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         """Start as PSA does; the high gain lets affinities begin well below 1."""
         super().__init__()
-        taps = [
+        self.taps = nn.ModuleList(
             nn.Conv2d(given, wanted, 1, bias=False)
             for given, wanted in zip(channels, TAP_CHANNELS, strict=True)
-        ]
-        for tap in taps:
-            nn.init.kaiming_normal_(tap.weight)
-        self.taps = nn.ModuleList(taps)
+        )
+        for weight in self.taps.parameters():
+            nn.init.kaiming_normal_(weight)
         self.mix = nn.Conv2d(sum(TAP_CHANNELS), sum(TAP_CHANNELS), 1, bias=False)
         nn.init.xavier_uniform_(self.mix.weight, gain=4)
 
@@ -70,61 +66,37 @@ class AffinityHead(nn.Module):
         return F.elu(self.mix(torch.cat(maps, 1)))
 
 
-class AffinityNet(nn.Module):
+class AffinityNet(encoders.EncoderNetwork):
     """Encoder and head; learning rates differ between the two (new layers x10, spec 6).
 
     What computes the encoder's first strided feature map, its stem, does not learn, and the
-    encoder's normalisation keeps its running statistics.
-
-    Args:
-        encoder: Images (B, 3, H, W) to a list of feature maps, of at least three stages.
-        head: The last three maps to features.
-        map_stride: Of the features and affinities, in pixels of the image.
-        radius: Reach of a pair, in pixels of the map.
+    encoder's normalisation keeps its running statistics. `map_stride` and `radius` are those of
+    the configuration.
     """
 
     def __init__(
         self, encoder: nn.Module, head: AffinityHead, map_stride: int, radius: int
     ) -> None:
         """Hold the parts and freeze the stem; `build` makes them."""
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder, freeze_encoder_norm=True)
         self.head = head
         self.map_stride = map_stride
         self.radius = radius
         for name in _stem(encoder):
             encoder.get_parameter(name).requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Switch the mode; normalisation layers stay in evaluation mode."""
-        super().train(mode)
-        for module in self.encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
     def features(self, images: Tensor) -> Tensor:
-        """Features whose distance is what affinity is made of.
+        """Features (B, 448, ceil(H / map_stride), ceil(W / map_stride)) float32 to compare.
 
-        Args:
-            images: (B, 3, H, W), normalised, any size.
-
-        Returns:
-            (B, 448, ceil(H / map_stride), ceil(W / map_stride)) float32.
+        Images are (B, 3, H, W), normalised, of any size.
         """
         stages = self.encoder(images)[-3:]
         height, width = (-(-side // self.map_stride) for side in images.shape[-2:])
-        return self.head(stages, (height, width)).float()
+        features: Tensor = self.head(stages, (height, width))
+        return features.float()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Affinities of all pairs of the map.
-
-        Args:
-            images: (B, 3, H, W), normalised, any size.
-
-        Returns:
-            (B, P, h, w) float32 of `pair_affinity`.
-        """
+        """Affinities (B, P, h, w) float32 of all pairs of the map; see `pair_affinity`."""
         return pair_affinity(self.features(images), self.radius)
 
 
@@ -138,7 +110,7 @@ class _PairDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, radius: int) -> Tensor:  # noqa: ANN401 - torch's own
-        """(B, C, h, w) to (B, P, h, w)."""
+        """Turn (B, C, h, w) into (B, P, h, w)."""
         batch, _, height, width = features.shape
         offsets = half_disc(radius)
         distance = features.new_full((batch, len(offsets), height, width), torch.inf)
@@ -151,9 +123,8 @@ class _PairDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - torch's own
-        """Gradient (B, P, h, w) to (B, C, h, w); what is outside the map is not read."""
+        """Turn gradients (B, P, h, w) into (B, C, h, w); what is outside the map is not read."""
         (features,) = ctx.saved_tensors
         channels, height, width = features.shape[1:]
         gradient = gradient / channels
@@ -170,30 +141,18 @@ class _PairDistance(torch.autograd.Function):
 def pair_affinity(features: Tensor, radius: int) -> Tensor:
     """Affinity exp(-mean |difference|) of each pixel and its neighbours in the half disc.
 
-    Args:
-        features: (B, C, h, w) float32.
-        radius: In pixels of the map.
-
-    Returns:
-        (B, P, h, w) in [0, 1]: plane p at (y, x) is the affinity of that pixel and its neighbour
-        at the p-th offset of `half_disc(radius)`; 0 where that is outside the map.
+    Features (B, C, h, w) float32 become (B, P, h, w) in [0, 1]: plane p at (y, x) is the affinity
+    of that pixel and its neighbour at the p-th offset of `half_disc(radius)`, a radius in pixels
+    of the map; 0 where that is outside the map.
     """
     # exp(-inf) is 0, and so is its gradient.
-    return torch.exp(-_PairDistance.apply(features, radius))
+    distance: Tensor = _PairDistance.apply(features, radius)  # type: ignore[no-untyped-call]
+    return torch.exp(-distance)
 
 
 @torch.inference_mode()
 def of_image(network: AffinityNet, config: AffinityConfig, image: Tensor) -> Tensor:
-    """Affinities of one image at its full size, unpadded.
-
-    Args:
-        network: In evaluation mode.
-        config: Its configuration.
-        image: (3, H, W) uint8 on the network's device.
-
-    Returns:
-        (P, h, w) float32 of `pair_affinity`.
-    """
+    """Affinities (P, h, w) float32 of an image (3, H, W) uint8, by a network in evaluation mode."""
     views = normalize(image[None], config.mean, config.std)
     affinities: Tensor = network(views.contiguous(memory_format=torch.channels_last))
     return affinities[0]
@@ -214,15 +173,10 @@ def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> AffinityLoss
     Pairs of equal labels should have affinity 1, background and classes averaged apart because
     background pairs outnumber the others; pairs of unequal labels should have affinity 0. Each
     term is a mean of -log(. + 1e-5) over its pairs in the whole batch, 0 without any. Pairs that
-    touch IGNORE are left out. Of several processes each returns its part, as all losses do.
+    touch IGNORE are left out. Each of several processes returns its part, as with all losses.
 
-    Args:
-        affinity: (B, P, h, w) of `pair_affinity`.
-        labels: (B, h, w) integers at the map's stride, 0 background, 255 ignored.
-        radius: In pixels of the map.
-
-    Returns:
-        The loss and its terms.
+    Affinities are (B, P, h, w) of `pair_affinity`, labels (B, h, w) integers at the map's stride,
+    0 background, 255 ignored.
     """
     height, width = labels.shape[1:]
     neighbours = labels.new_full(affinity.shape, IGNORE)  # (B, P, h, w)
@@ -232,41 +186,29 @@ def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> AffinityLoss
     own = labels[:, None]  # (B, 1, h, w)
     counts = (own != IGNORE) & (neighbours != IGNORE)
     same = counts & (own == neighbours)
-    attract = -torch.log(affinity + 1e-5)
-    repel = -torch.log(1 - affinity + 1e-5)
+    attract, repel = -torch.log(affinity + 1e-5), -torch.log(1 - affinity + 1e-5)
     background = _mean(attract, same & (own == 0))
     foreground = _mean(attract, same & (own > 0))
     negative = _mean(repel, counts & ~same)
-    return AffinityLoss(
-        background / 4 + foreground / 4 + negative / 2, background, foreground, negative
-    )
+    total = background / 4 + foreground / 4 + negative / 2
+    return AffinityLoss(total, background, foreground, negative)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / distributed.total(mask.sum()).clamp(min=1)
+    return (values * mask).sum() / processes.total(mask.sum()).clamp(min=1)
 
 
 def build(config: AffinityConfig) -> AffinityNet:
     """Assemble the network of `config` with random weights.
 
-    Raises:
-        UserError: The encoder is unknown to timm, cannot have the output stride or does not take
-            images of any size.
+    Raises UserError where the encoder is unknown to timm, cannot have the output stride or does
+    not take images of any size.
     """
-    try:
-        encoder = smp.encoders.get_encoder(
-            f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
-        )
+    with encoders.must_serve(config):
+        encoder = encoders.build(config)
         head = AffinityHead(encoder.out_channels[-3:])
         network = AffinityNet(encoder, head, config.map_stride, config.radius)
         common.try_out(network, network.features)
-    except Exception as error:  # timm and smp raise whatever their code meets
-        raise UserError(
-            f"train_affinity.encoder: timm encoder '{config.encoder}' at output_stride "
-            f"{config.output_stride} cannot be built or does not take images of any size "
-            f"({common.reason(error)}); choose one that has strided features, such as "
-            "resnet50.tv_in1k or mobilenetv2_100"
-        ) from error
     return network
 
 
@@ -276,25 +218,37 @@ def _stem(encoder: nn.Module) -> list[str]:
     Encoders name their layers as they like, so that this asks autograd, on the meta device:
     nothing is computed and no state is touched.
     """
-    names, parameters = zip(*encoder.named_parameters(), strict=True)
-    twins = [torch.empty_like(p, device="meta", requires_grad=True) for p in parameters]
-    buffers = {name: buffer.to("meta") for name, buffer in encoder.named_buffers()}
-    state = buffers | dict(zip(names, twins, strict=True))
-    image = torch.empty(2, 3, 64, 64, device="meta")
-    stages = torch.func.functional_call(encoder, state, (image,))
+    twin = copy.deepcopy(encoder).to("meta")
+    stages = twin(torch.empty(2, 3, 64, 64, device="meta"))
     # The list may begin with the image itself or an empty map, which depend on nothing.
-    first = next(stage for stage in stages if stage.requires_grad)
-    reached = torch.autograd.grad(first.sum(), twins, allow_unused=True)
-    return [name for name, gradient in zip(names, reached, strict=True) if gradient is not None]
+    next(stage for stage in stages if stage.requires_grad).sum().backward()
+    return [name for name, weight in twin.named_parameters() if weight.grad is not None]
+
+
+def configure(params: TrainAffinity) -> AffinityConfig:
+    """Describe the network that a section asks for; errors as of `encoder.configure`."""
+    return encoders.configure(AffinityConfig, params, map_stride=params.stride)
+
+
+def copy_encoder(network: AffinityNet, config: AffinityConfig, checkpoint: Path) -> None:
+    """Start from the encoder of a checkpoint of train_cam, which has seen image labels only.
+
+    Raises UserError where there is none, or one of another encoder or normalisation.
+    """
+    trained, source = cam.load(checkpoint)
+    if source.encoder != config.encoder:
+        raise UserError(
+            f"train_affinity.weights: {checkpoint} has the encoder {source.encoder}, not "
+            f"{config.encoder}; set train_affinity.encoder to it, or weights to imagenet"
+        )
+    if (source.mean, source.std) != (config.mean, config.std):
+        raise UserError(
+            f"train_affinity.input_norm: {checkpoint} was trained on images normalised "
+            "otherwise; set it to what train_cam.input_norm is, or weights to imagenet"
+        )
+    network.encoder.load_state_dict(trained.encoder.state_dict())
 
 
 def load(path: Path) -> tuple[AffinityNet, AffinityConfig]:
-    """Rebuild a network from a checkpoint of `train_affinity`.
-
-    Returns:
-        The network in evaluation mode and its configuration.
-
-    Raises:
-        UserError: The file is missing or of another kind.
-    """
+    """Rebuild a network from a checkpoint of `train_affinity`; see `common.load`."""
     return common.load(path, AffinityConfig, build)

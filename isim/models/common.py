@@ -1,11 +1,11 @@
-"""What networks share: checkpoints, a first try with an odd image, the end in full precision."""
+"""Tools of all networks: checkpoints, a first try with an odd image, the end in fp32."""
 
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isim.errors import UserError
+from isim.runtime import checkpoint
 
 _Result = TypeVar("_Result")
 _Config = TypeVar("_Config", bound="Config")
@@ -24,54 +25,37 @@ PROBE = (45, 77)
 
 @dataclass(frozen=True)
 class Config:
-    """What a network is rebuilt from, kept in the header of its checkpoint.
+    """Facts that a network is rebuilt from, under the name `key` in its checkpoint's header.
 
-    `key` is its name there, `stage` the stage that writes such checkpoints.
+    `stage` is the stage that writes such checkpoints and the section that errors speak of.
     """
 
     key: ClassVar[str]
     stage: ClassVar[str]
 
-    def to_metadata(self) -> dict[str, str]:
-        """Return the string map that a safetensors header holds."""
-        return {self.key: json.dumps(asdict(self))}
 
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str] | None) -> Self:
-        """Undo `to_metadata`. Raises KeyError when `metadata` is of another file."""
-        fields = json.loads((metadata or {})[cls.key])
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
+def save(path: Path, network: nn.Module, config: Config) -> None:
+    """Write a checkpoint that `load` reads, in the first process of a run."""
+    checkpoint.save_tensors(path, network.state_dict(), {config.key: json.dumps(asdict(config))})
 
 
 def load(
     path: Path, kind: type[_Config], build: Callable[[_Config], _Network]
 ) -> tuple[_Network, _Config]:
-    """Rebuild a network from a checkpoint.
+    """Rebuild a network, in evaluation mode, and its configuration from a checkpoint.
 
-    Args:
-        path: The safetensors file.
-        kind: Class of its configuration.
-        build: Makes the network of a configuration.
-
-    Returns:
-        The network in evaluation mode and its configuration.
-
-    Raises:
-        UserError: The file is missing or of another kind.
+    Raises UserError where the file is missing or not of this kind.
     """
     try:
         with safe_open(path, "pt") as file:
-            config = kind.from_metadata(file.metadata())
+            fields = json.loads((file.metadata() or {})[kind.key])
         state = load_file(path)
     except (OSError, KeyError, SafetensorError) as error:
         command = f"isim {kind.stage.replace('_', '-')}"
         raise UserError(
             f"{path} is not a checkpoint of {kind.stage}; run `{command}` first"
         ) from error
+    config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     network = build(config)
     network.load_state_dict(state)
     return network.eval(), config
@@ -81,15 +65,9 @@ def load(
 def try_out(network: nn.Module, run: Callable[[Tensor], _Result]) -> _Result:
     """Hand an odd image to a fresh network, so that what cannot serve fails at once.
 
-    In evaluation mode: running statistics and the generators' states stay as they are.
-
-    Args:
-        network: In training mode, which it is left in; may be on the meta device.
-        run: Called with images (1, 3, *PROBE) on the network's device, channels-last
-            as all images are.
-
-    Returns:
-        What `run` returned; its errors pass.
+    `run` is called with images (1, 3, *PROBE), channels-last as all images are, on the network's
+    device, which may be meta; its errors pass. The network is in evaluation mode meanwhile:
+    running statistics and the generators' states stay as they are.
     """
     device = next(network.parameters()).device
     images = torch.zeros(1, 3, *PROBE, device=device).contiguous(memory_format=torch.channels_last)
@@ -100,13 +78,13 @@ def try_out(network: nn.Module, run: Callable[[Tensor], _Result]) -> _Result:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line: the error's first one, or its kind."""
+    """Say what went wrong in one line: the error's first one, or its kind."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Context in which nothing is computed in bf16."""
     # The meta device, where networks are only checked, has no autocast.
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -7,10 +7,9 @@ the loss is the sum over the processes, and so are its gradients.
 import torch.nn.functional as F
 from torch import Tensor
 
-from isim import distributed
+from isim.metrics import IGNORE
 from isim.models.inference import upsample
-
-IGNORE = 255
+from isim.runtime import processes
 
 
 def modified_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,18 +31,15 @@ def modified_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, stride: int) -> Tensor:
-    """Mean cross-entropy over the pixels that are not IGNORE (spec 7).
+    """Mean cross-entropy, a scalar, over the pixels that are not IGNORE; 0 without any (spec 7).
 
     The logits are upsampled to the labels, in fp32: labels reduced to the map would drop
     objects thinner than its stride and decide each border by the pixel that happens to be hit.
 
     Args:
-        logits: (B, L, h, w) of a `Segmenter`.
+        logits: (B, L, ceil(H / stride), ceil(W / stride)) of a `Segmenter`.
         labels: (B, H, W) int64, 0 background, 255 ignored.
-        stride: Of the logits: h = ceil(H / stride).
-
-    Returns:
-        The loss, a scalar; 0 when no pixel counts, and so is then every gradient.
+        stride: Pixels that a pixel of the map covers.
     """
     return _mean_over_pixels(upsample(logits, stride, labels.shape[-2:]), labels)
 
@@ -52,4 +48,4 @@ def _mean_over_pixels(logits: Tensor, labels: Tensor) -> Tensor:
     # Channels last, this is a view, and a softmax over neighbouring numbers is twice as fast.
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, L)
     total = F.cross_entropy(pixels, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / distributed.total((labels != IGNORE).sum()).clamp(min=1)
+    return total / processes.total((labels != IGNORE).sum()).clamp(min=1)

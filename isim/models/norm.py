@@ -4,8 +4,8 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from isim import distributed
 from isim.errors import UserError
+from isim.runtime import processes
 
 
 def synchronise(network: nn.Module) -> None:
@@ -13,17 +13,12 @@ def synchronise(network: nn.Module) -> None:
 
     All start from the weights of rank 0, and layers in training mode take their statistics from
     the batches of all processes. Layers are changed in place: names, parameters and references
-    stay.
-
-    Args:
-        network: On the device that it is trained on.
-
-    Raises:
-        UserError: It has a kind of batch normalisation that cannot be shared.
+    stay. The network must be on the device that it is trained on. Raises UserError where it has a
+    kind of batch normalisation that cannot be shared.
     """
-    if distributed.world() == 1:
+    if processes.world() == 1:
         return
-    distributed.equalise(network.state_dict().values())
+    processes.equalise(network.state_dict().values())
     for module in network.modules():
         if type(module) in _SHARED:
             module.__class__ = _SHARED[type(module)]
@@ -40,49 +35,49 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor) -> Tensor:
-        return distributed.total(values)
+        return processes.total(values)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
-        return distributed.total(gradients[0])
+        return processes.total(gradients[0])
 
 
 class SharedNorm(nn.SyncBatchNorm):
-    """Batch normalisation of (B, C, ...) over all processes, of CPU tensors, too."""
+    """Batch normalisation of (B, C, H, W) over all processes, of CPU tensors, too."""
+
+    # No network has layers without these.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise; in training mode by the statistics of all processes."""
         if not self.training or input.device.type != "cpu":
             return super().forward(input)
         values = input.to(torch.promote_types(input.dtype, torch.float32))
-        axes = [axis for axis in range(values.ndim) if axis != 1]
-        shape = [-1 if axis == 1 else 1 for axis in range(values.ndim)]
-        count = distributed.total(torch.tensor(float(values.numel() // values.shape[1])))
+        count = processes.total(torch.tensor(float(values[:, 0].numel())))
         # Twice around instead of a mean of squares, which would cancel.
-        mean = _Total.apply(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = _Total.apply(centred.square().sum(axes)) / count
-        self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        scale = torch.rsqrt(variance + self.eps).view(shape)
-        normalised = centred * scale
-        if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(input.dtype)
+        mean = self._sum(values) / count  # (1, C, 1, 1)
+        centred = values - mean
+        variance = self._sum(centred.square()) / count
+        with torch.no_grad():
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(unbiased.flatten(), self.momentum)
+        normalised = centred * torch.rsqrt(variance + self.eps)
+        weight, bias = (each.view(1, -1, 1, 1) for each in (self.weight, self.bias))
+        return (normalised * weight + bias).to(input.dtype)
 
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics (C,) towards those of a batch."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
+    @staticmethod
+    def _sum(values: Tensor) -> Tensor:
+        total: Tensor = _Total.apply(values.sum((0, 2, 3), keepdim=True))  # type: ignore[no-untyped-call]
+        return total
 
 
 class SharedNormAct(SharedNorm):
-    """The same for timm's layer that goes on with an activation."""
+    """Shared normalisation in the place of timm's layer that goes on with an activation."""
 
     drop: nn.Module
     act: nn.Module

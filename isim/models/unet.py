@@ -22,28 +22,16 @@ def transposed(channels: int) -> nn.Module:
     It starts as a repetition of every pixel, as an interpolation would, and learns from there.
     Nothing random is drawn, so that with one seed all other weights equal those of `bilinear`.
     """
-    layer: nn.Module = torch.nn.utils.skip_init(
+    layer: nn.Module = nn.utils.skip_init(
         nn.ConvTranspose2d, channels, channels, 2, stride=2, device=torch.get_default_device()
     )
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if name == "bias":
-                parameter.zero_()
-            else:
-                identity = torch.eye(channels, device=parameter.device)
-                parameter.copy_(identity[:, :, None, None].expand_as(parameter))
+    repeating = torch.eye(channels)[:, :, None, None].expand(-1, -1, 2, 2)
+    layer.load_state_dict({"weight": repeating, "bias": torch.zeros(channels)})
     return layer
 
 
 class UNetBlock(nn.Module):
-    """One step up: upsample, join the skip connection, two 3x3 convolutions.
-
-    Args:
-        upsampling: (B, C, h, w) to (B, C, s·h, s·w), s being 1 or 2.
-        in_channels: C.
-        skip_channels: Channels of the encoder's map that is joined; may be 0.
-        out_channels: Channels of the result.
-    """
+    """One step up: upsample by s = 1 or 2, join the encoder's map, two 3x3 convolutions."""
 
     def __init__(
         self, upsampling: nn.Module, in_channels: int, skip_channels: int, out_channels: int
@@ -55,11 +43,12 @@ class UNetBlock(nn.Module):
         self.conv2 = Conv2dReLU(out_channels, out_channels, 3, padding=1)
 
     def forward(self, feature: Tensor, skip: Tensor | None) -> Tensor:
-        """(B, C, h, w) and its skip (B, C', s·h, s·w), or None, to (B, C", s·h, s·w)."""
+        """Turn (B, C, h, w) and its skip (B, C', s·h, s·w), or None, into (B, C", s·h, s·w)."""
         feature = self.upsampling(feature)
         if skip is not None:
             feature = torch.cat([feature, skip], dim=1)
-        return self.conv2(self.conv1(feature))
+        joined: Tensor = self.conv2(self.conv1(feature))
+        return joined
 
 
 class UNetDecoder(nn.Module):
@@ -69,9 +58,9 @@ class UNetDecoder(nn.Module):
     and does not upsample, so that at output stride 16 the CAM is as large as DeepLabCAM's.
 
     Args:
-        encoder_channels: Of the maps, from the image itself to the last one.
-        reductions: Their strides, each 1 or 2 times the one before; the first is 1.
-        decoder_channels: Of each step, one fewer than there are maps.
+        encoder_channels: C_i of the maps, from the image itself to the last one.
+        reductions: Their strides r_i, each 1 or 2 times the one before; the first is 1.
+        decoder_channels: Result of each step, one fewer than there are maps.
         upsampling: Makes the doubling; the only difference between the two UNetCAMs.
     """
 
@@ -87,10 +76,8 @@ class UNetDecoder(nn.Module):
         # The image itself is no skip: the last step has none.
         skips = [*encoder_channels[-2:0:-1], 0]
         inputs = [encoder_channels[-1], *decoder_channels[:-1]]
-        doubles = [
-            coarse > fine
-            for coarse, fine in zip(reductions[:0:-1], reductions[-2::-1], strict=True)
-        ]
+        strides = zip(reductions[:0:-1], reductions[-2::-1], strict=True)
+        doubles = [coarse > fine for coarse, fine in strides]
         steps = zip(doubles, inputs, skips, decoder_channels, strict=True)
         self.blocks = nn.ModuleList(
             UNetBlock(upsampling(channels) if double else nn.Identity(), channels, skip, out)
@@ -99,7 +86,7 @@ class UNetDecoder(nn.Module):
         initialize_decoder(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C_i, H / r_i, W / r_i), the first the image, to (B, C, H, W)."""
+        """Turn maps (B, C_i, H / r_i, W / r_i), the first the image, into (B, C, H, W)."""
         decoded = features[-1]
         skips = [*features[-2:0:-1], None]
         for block, skip in zip(self.blocks, skips, strict=True):

@@ -1,1 +1,1 @@
-"""One module a stage; see design in README.md."""
+"""Stages of the pipeline, a module each: load, compute, publish, report."""

@@ -1,17 +1,16 @@
 """Folded networks compute what the networks do."""
 
-import copy
-
 import pytest
 import torch
+from support.networks import copied, images, network_of, same
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from isim import engine
-from isim.models import cam
 from isim.models.folding import FusedConv, for_inference
+from isim.runtime import devices
 
 CPU = torch.device("cpu")
+PIXELS = images(61, 83).contiguous(memory_format=torch.channels_last)
 
 
 def randomise(network):
@@ -26,25 +25,12 @@ def randomise(network):
     return network.eval()
 
 
-def images(count=2):
-    found = torch.randn(count, 3, 61, 83, generator=torch.Generator().manual_seed(3))
-    return found.contiguous(memory_format=torch.channels_last)
-
-
-def kinds(network):
-    return [type(module) for module in network.modules()]
-
-
 def norms(network):
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
 def build(encoder):
-    config = cam.CamConfig(
-        "cam", encoder, 16, "batch", (), 16, tuple("abc"), (0.5,) * 3, (0.2,) * 3
-    )
-    torch.manual_seed(0)
-    network = randomise(cam.build(config))
+    network = randomise(network_of("cam", encoder=encoder))
     nn.init.normal_(network.classifier.weight)
     return network
 
@@ -56,14 +42,14 @@ def every(network, pixels):
 @pytest.mark.parametrize("encoder", ["resnet10t", "mobilenetv2_100", "efficientnet_b0"])
 def test_every_normalisation_of_an_encoder_is_folded(encoder):
     network = build(encoder)
-    engine.place(network, CPU)
-    before = copy.deepcopy(network.state_dict())
+    devices.place(network, CPU)
+    before = copied(network)
     folded = for_inference(network, every, CPU, torch.float32)
     assert norms(network) > 10 and norms(folded) == 0
     with torch.inference_mode():
-        expected, found = every(network, images()), every(folded, images())
+        expected, found = every(network, PIXELS), every(folded, PIXELS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert same(network, before)
 
 
 def test_reduced_precision_is_no_less_exact_than_autocast():
@@ -73,9 +59,9 @@ def test_reduced_precision_is_no_less_exact_than_autocast():
     assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
     assert folded.classifier.weight.dtype == torch.float32, "it runs in full precision"
     with torch.inference_mode():
-        exact = every(network, images())
-        with engine.autocast("bf16", CPU):
-            plain, found = every(network, images()), every(folded, images())
+        exact = every(network, PIXELS)
+        with devices.autocast("bf16", CPU):
+            plain, found = every(network, PIXELS), every(folded, PIXELS)
     assert found.dtype == torch.float32
     error = (found - exact).abs().mean()
     assert 0 < error < 1.2 * (plain - exact).abs().mean()
@@ -84,9 +70,9 @@ def test_reduced_precision_is_no_less_exact_than_autocast():
 class Chain(nn.Module):
     """A convolution, what follows it, and how its result is used."""
 
-    def __init__(self, norm, activation=None, shortcut=False, twice=False):
+    def __init__(self, norm, activation=None, *, shortcut=False, twice=False, **options):
         super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1, dilation=1, bias=True)
+        self.first = nn.Conv2d(3, 4, 3, **{"padding": 1} | options)
         self.norm = norm
         self.activation = activation or nn.Identity()
         self.last = nn.Conv2d(4, 4, 1)
@@ -103,9 +89,9 @@ class Chain(nn.Module):
 
 def fold(chain):
     chain = randomise(chain)
-    folded = for_inference(chain, lambda net, pixels: net(pixels), CPU, torch.float32)
+    folded = for_inference(chain, nn.Module.__call__, CPU, torch.float32)
     with torch.inference_mode():
-        torch.testing.assert_close(folded(images()), chain(images()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(folded(PIXELS), chain(PIXELS), rtol=1e-4, atol=1e-4)
     return folded
 
 
@@ -131,29 +117,31 @@ def test_an_activation_after_a_sum_in_place_stays_where_it_is():
     assert norms(folded) == 0 and type(folded.activation) is nn.ReLU
 
 
-def test_a_network_whose_convolution_is_used_otherwise_is_left_alone():
-    folded = fold(Chain(nn.BatchNorm2d(4), nn.ReLU(), twice=True))
-    assert norms(folded) == 1 and FusedConv not in kinds(folded)
-
-
 @pytest.mark.parametrize("change", [{"padding_mode": "reflect"}, {"padding": "same"}])
 def test_other_paddings_keep_torch_s_convolution(change):
-    chain = Chain(nn.BatchNorm2d(4), nn.ReLU())
-    chain.first = nn.Conv2d(3, 4, 3, **({"padding": 1} | change))
-    folded = fold(chain)
+    folded = fold(Chain(nn.BatchNorm2d(4), nn.ReLU(), **change))
     assert norms(folded) == 0 and type(folded.first) is nn.Conv2d
 
 
-def test_modules_that_run_twice_are_left_alone():
-    class Twice(Chain):
-        def forward(self, pixels):
-            return super().forward(pixels) + self.norm(self.first(pixels + 1))
+class Twice(Chain):
+    def forward(self, pixels):
+        return super().forward(pixels) + self.norm(self.first(pixels + 1))
 
-    assert norms(fold(Twice(nn.BatchNorm2d(4), nn.ReLU()))) == 1
+
+class Shared(Chain):
+    def forward(self, pixels):
+        return super().forward(pixels) + self.activation(pixels.sum())
+
+
+def test_what_is_used_or_run_twice_is_left_alone():
+    for chain in (Chain(nn.BatchNorm2d(4), nn.ReLU(), twice=True), Twice(nn.BatchNorm2d(4))):
+        folded = fold(chain)
+        assert norms(folded) == 1 and type(folded.first) is nn.Conv2d
+    folded = fold(Shared(nn.BatchNorm2d(4), nn.ReLU()))
+    assert norms(folded) == 0 and type(folded.activation) is nn.ReLU
 
 
 def test_a_network_that_makes_no_numbers_is_left_alone():
     chain = randomise(Chain(nn.BatchNorm2d(4)))
     chain.last.weight.data.fill_(float("nan"))
-    folded = for_inference(chain, lambda net, pixels: net(pixels), CPU, torch.float32)
-    assert norms(folded) == 1
+    assert norms(for_inference(chain, nn.Module.__call__, CPU, torch.float32)) == 1

@@ -1,43 +1,40 @@
 """CAMs and probabilities over scales and flips against plain versions (spec 4 and 7)."""
 
-from dataclasses import dataclass
+import copy
+import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import config_of, network_of
 from torchvision.transforms.v2 import functional as TF
 
-from isim import engine
-from isim.models import cam, segmenter
-from isim.models.inference import (
-    multi_scale_cam,
-    multi_scale_cams,
-    multi_scale_probabilities,
-    normalize,
-    upsample,
-)
+from isim.models.inference import multi_scale_cams, multi_scale_probabilities, normalize, upsample
+from isim.runtime import devices
 
-SCALES = (1.0, 0.5, 1.5, 2.0)
-CONFIG = cam.CamConfig(
-    method="cam",
-    encoder="resnet10t",
-    output_stride=16,
-    encoder_norm="batch",
-    atrous_rates=(),
-    decoder_channels=16,
-    classes=("a", "b", "c"),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
+CONFIG = config_of("cam")
+SEGMENTER = config_of("deeplabv2")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    built = cam.build(CONFIG)
+    built = network_of("cam")
     # Both signs, else ReLU has nothing to cut off.
     torch.nn.init.normal_(built.classifier.weight)
-    return built.eval()
+    devices.place(built, CPU)
+    return built.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def segmenting():
+    built = network_of("deeplabv2")
+    # Far from a uniform softmax, where all views would agree.
+    for branch in built.head.branches:
+        torch.nn.init.normal_(branch.weight, std=0.1)
+    return built.eval().requires_grad_(False)
 
 
 def picture(height=80, width=113):
@@ -47,101 +44,112 @@ def picture(height=80, width=113):
     return (255 * smooth[0]).to(torch.uint8)
 
 
-def plain_cam(network, image, class_ids, scales, flip):
-    """One image at a time, contiguous, fp32, no batch of flips."""
-    height, width = image.shape[1:]
-    total = torch.zeros(len(class_ids), height, width)
-    mean, std = torch.tensor(CONFIG.mean)[:, None, None], torch.tensor(CONFIG.std)[:, None, None]
-    for scale in scales:
-        scaled = TF.resize(image, [round(height * scale), round(width * scale)], antialias=True)
-        maps = []
-        for mirrored in (False, True) if flip else (False,):
-            view = scaled.flip(-1) if mirrored else scaled
-            features = network.encoder(((view / 255 - mean) / std)[None])[-1]
-            scores = F.conv2d(features, network.classifier.weight)[0, class_ids - 1].relu()
-            maps.append(scores.flip(-1) if mirrored else scores)
-        summed = torch.stack(maps).sum(0)
-        total += F.interpolate(summed[None], (height, width), mode="bilinear")[0]
-    return total / (total.flatten(1).max(1).values[:, None, None] + 1e-5)
+def cams_of(network, image, class_ids, scales=(1.0, 0.5), flip=True):
+    """`multi_scale_cams` of one image: (3, H, W) and (K',) to (K', H, W)."""
+    ids = [torch.tensor(class_ids, dtype=torch.int64)]
+    return multi_scale_cams(network, CONFIG, image[None], ids, scales=scales, flip=flip)[0]
+
+
+def probabilities_of(network, image, scales=(0.5, 1.0), flip=True):
+    return multi_scale_probabilities(network, SEGMENTER, image, scales=scales, flip=flip)
+
+
+def plain(of_view, image, scales, flip):
+    """Maps of one view at a time, contiguous, in fp32, no batch of flips."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CONFIG.mean, CONFIG.std))
+    maps = []
+    for scale, mirrored in itertools.product(scales, (False, True) if flip else (False,)):
+        size = [round(side * scale) for side in image.shape[1:]]
+        view = TF.resize(image, size, antialias=True)
+        view = ((view.flip(-1) if mirrored else view) / 255 - mean) / std
+        made = of_view(view[None], image.shape[1:])[0]
+        maps.append(made.flip(-1) if mirrored else made)
+    return torch.stack(maps)
 
 
 @pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("scales", [(1.0,), SCALES])
-def test_equals_one_image_at_a_time(network, scales, flip):
-    ids = torch.tensor([3, 1])
-    with torch.no_grad():
-        expected = plain_cam(network, picture(), ids, scales, flip)
-    found = multi_scale_cam(network, CONFIG, picture(), ids, scales, flip)
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5, 1.5, 2.0)])
+def test_cams_equal_one_view_at_a_time(network, scales, flip):
+    def of_view(view, size):
+        scores = F.conv2d(network.encoder(view)[-1], network.classifier.weight)[:, [2, 0]].relu()
+        return F.interpolate(scores, size, mode="bilinear")
+
+    expected = plain(of_view, picture(), scales, flip).sum(0)
+    expected /= expected.amax((1, 2), keepdim=True) + 1e-5
+    found = cams_of(network, picture(), [3, 1], scales, flip)
     assert found.dtype == torch.float32 and found.shape == (2, 80, 113)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert found.min() >= 0 and 0.99 < found.max() <= 1
 
 
-def test_channels_last_changes_nothing(network):
-    other = cam.build(CONFIG)
-    other.load_state_dict(network.state_dict())
-    engine.place(other.eval(), torch.device("cpu"))
-    ids = torch.tensor([1, 2, 3])
-    plain, placed = (
-        multi_scale_cam(n, CONFIG, picture(), ids, SCALES, True) for n in (network, other)
-    )
-    torch.testing.assert_close(placed, plain, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 0.75, 1.75)])
+def test_probabilities_equal_one_view_at_a_time(segmenting, scales, flip):
+    def of_view(view, size):
+        """Padded, upsampled and cut as the definition says, then resized."""
+        padded = F.pad(view, (0, -view.shape[3] % 16, 0, -view.shape[2] % 16))
+        logits = segmenting.head(segmenting.encoder(padded)[-1])
+        # Bilinear at the pixel centres of the image, in the coordinates of the padded one.
+        places = [
+            (torch.arange(side) + 0.5) / side * scaled / whole * 2 - 1
+            for side, scaled, whole in zip(size, view.shape[2:], padded.shape[2:], strict=True)
+        ]
+        grid = torch.stack(torch.meshgrid(*places, indexing="ij")[::-1], -1)[None]
+        return F.grid_sample(logits, grid, padding_mode="border", align_corners=False).softmax(1)
+
+    expected = plain(of_view, picture(), scales, flip).mean(0)
+    found = probabilities_of(segmenting, picture(), scales, flip)
+    assert found.dtype == torch.float32 and found.shape == (4, 80, 113)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.sum(0), torch.ones(80, 113))
+
+
+def test_what_is_made_of_the_mirror_image_is_mirrored(network, segmenting):
+    def apart(make, flip):
+        there, back = (make(image, flip=flip) for image in (picture(), picture().flip(-1)))
+        return (back.flip(-1) - there).abs().max()
+
+    every = partial(cams_of, network, class_ids=[1, 2, 3])
+    for make in (every, partial(probabilities_of, segmenting)):
+        assert apart(make, True) < 2e-3
+        assert apart(make, False) > 0.02, "without flips it is not"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (33, 2)])
+def test_tiny_and_narrow_images_have_them_too(network, segmenting, size):
+    found = cams_of(network, picture(*size), [1])
+    assert found.shape == (1, *size) and torch.isfinite(found).all()
+    found = probabilities_of(segmenting, picture(*size))
+    torch.testing.assert_close(found.sum(0), torch.ones(size))
 
 
 def test_bf16_is_close(network):
-    ids = torch.tensor([1, 2, 3])
-    full = multi_scale_cam(network, CONFIG, picture(), ids, (1.0,), True)
-    with engine.autocast("bf16", torch.device("cpu")):
-        half = multi_scale_cam(network, CONFIG, picture(), ids, (1.0,), True)
+    full = cams_of(network, picture(), [1, 2, 3], (1.0,))
+    with devices.autocast("bf16", CPU):
+        half = cams_of(network, picture(), [1, 2, 3], (1.0,))
     assert half.dtype == torch.float32 and half.max() <= 1
     assert 0 < (half - full).abs().mean() < 0.02
 
 
-def test_the_cam_of_the_mirror_image_is_the_mirrored_cam(network):
-    ids = torch.tensor([1, 2, 3])
-    there = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, True)
-    back = multi_scale_cam(network, CONFIG, picture().flip(-1), ids, SCALES, True).flip(-1)
-    torch.testing.assert_close(back, there, rtol=0, atol=2e-3)
-    one_sided = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, False)
-    mirrored = multi_scale_cam(network, CONFIG, picture().flip(-1), ids, SCALES, False).flip(-1)
-    assert (one_sided - mirrored).abs().max() > 0.05, "without flips it is not"
-
-
 def test_each_class_is_scaled_by_its_own_maximum(network):
-    alone = multi_scale_cam(network, CONFIG, picture(), torch.tensor([2]), SCALES, True)
-    three = multi_scale_cam(network, CONFIG, picture(), torch.tensor([1, 2, 3]), SCALES, True)
+    three, alone = (cams_of(network, picture(), ids) for ids in ([1, 2, 3], [2]))
     torch.testing.assert_close(three[1:2], alone, rtol=0, atol=1e-5)
-
-
-def test_an_image_without_classes_has_no_planes(network):
-    ids = torch.zeros(0, dtype=torch.int64)
-    found = multi_scale_cam(network, CONFIG, picture(), ids, SCALES, True)
-    assert found.shape == (0, 80, 113)
-
-
-def test_a_class_that_is_seen_nowhere_stays_zero(network):
-    silent = cam.build(CONFIG).eval()
-    silent.load_state_dict(network.state_dict())
+    silent = copy.deepcopy(network)
     silent.classifier.weight.data.zero_()
-    found = multi_scale_cam(silent, CONFIG, picture(), torch.tensor([1]), SCALES, True)
-    assert not found.any()
+    assert not cams_of(silent, picture(), [1]).any(), "seen nowhere"
 
 
 def test_images_of_one_size_share_a_batch(network):
     """Each with its own classes, some without any."""
     pictures = torch.stack([picture(), picture().flip(-1), picture().flip(-2)])
     ids = [torch.tensor([3, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
-    together = multi_scale_cams(network, CONFIG, pictures, ids, SCALES, True)
+    together = multi_scale_cams(network, CONFIG, pictures, ids, scales=(1.0, 0.5), flip=True)
     assert [len(planes) for planes in together] == [2, 0, 1]
     for image, own, found in zip(pictures, ids, together, strict=True):
-        alone = multi_scale_cam(network, CONFIG, image, own, SCALES, True)
+        alone = cams_of(network, image, own.tolist())
+        assert alone.shape[1:] == (80, 113)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (7, 300), (33, 2)])
-def test_tiny_and_narrow_images_have_cams_too(network, size):
-    found = multi_scale_cam(network, CONFIG, picture(*size), torch.tensor([1]), SCALES, True)
-    assert found.shape == (1, *size) and torch.isfinite(found).all()
 
 
 def test_normalize():
@@ -181,96 +189,18 @@ def test_upsampling_never_loses_the_last_row():
                 assert found.shape == (1, 1, target, 3)
 
 
-SEGMENTER = segmenter.SegmenterConfig(
-    method="deeplabv2",
-    encoder="resnet18",
-    output_stride=16,
-    encoder_norm="batch",
-    decoder_channels=16,
-    classes=("a", "b", "c"),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
-
-
-@pytest.fixture(scope="module")
-def segmenting():
-    torch.manual_seed(0)
-    built = segmenter.build(SEGMENTER)
-    # Far from a uniform softmax, where all views would agree.
-    for branch in built.head.branches:
-        torch.nn.init.normal_(branch.weight, std=0.1)
-    return built.eval()
-
-
-def plain_probabilities(network, image, scales, flip):
-    """One view at a time; padded, upsampled and cut as the definition says, then resized."""
-    height, width = image.shape[1:]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (SEGMENTER.mean, SEGMENTER.std))
-    maps = []
-    for scale in scales:
-        size = [round(height * scale), round(width * scale)]
-        scaled = TF.resize(image, size, antialias=True)
-        for mirrored in (False, True) if flip else (False,):
-            view = ((scaled.flip(-1) if mirrored else scaled) / 255 - mean) / std
-            padded = torch.zeros(1, 3, *(-(-side // 16) * 16 for side in size))
-            padded[0, :, : size[0], : size[1]] = view
-            logits = network.head(network.encoder(padded)[-1])
-            # Bilinear at the pixel centres of the image, in the coordinates of the padded one.
-            y = (torch.arange(height) + 0.5) / height * size[0] / padded.shape[2] * 2 - 1
-            x = (torch.arange(width) + 0.5) / width * size[1] / padded.shape[3] * 2 - 1
-            grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None]
-            pixels = F.grid_sample(logits, grid, padding_mode="border", align_corners=False)
-            probabilities = pixels[0].softmax(0)
-            maps.append(probabilities.flip(-1) if mirrored else probabilities)
-    return torch.stack(maps).mean(0)
-
-
-@pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("scales", [(1.0,), (0.5, 0.75, 1.75)])
-def test_probabilities_equal_one_view_at_a_time(segmenting, scales, flip):
-    with torch.no_grad():
-        expected = plain_probabilities(segmenting, picture(), scales, flip)
-    found = multi_scale_probabilities(segmenting, SEGMENTER, picture(), scales, flip)
-    assert found.dtype == torch.float32 and found.shape == (4, 80, 113)
-    assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.sum(0), torch.ones(80, 113))
-
-
-def test_probabilities_of_the_mirror_image_are_mirrored(segmenting):
-    def of(image, flip):
-        return multi_scale_probabilities(segmenting, SEGMENTER, image, (0.5, 1.0), flip)
-
-    there, back = of(picture(), True), of(picture().flip(-1), True).flip(-1)
-    torch.testing.assert_close(back, there, rtol=0, atol=2e-3)
-    one_sided = of(picture(), False) - of(picture().flip(-1), False).flip(-1)
-    assert one_sided.abs().max() > 0.02, "without flips they are not"
-
-
-@pytest.mark.parametrize("size", [(1, 1), (7, 300)])
-def test_tiny_and_narrow_images_have_probabilities_too(segmenting, size):
-    found = multi_scale_probabilities(segmenting, SEGMENTER, picture(*size), (0.5, 1.0), True)
-    torch.testing.assert_close(found.sum(0), torch.ones(size))
-
-
 def test_each_scale_is_one_channels_last_batch():
     """Logits that are the image itself at stride 1: only the resizing is left to see."""
     seen = []
-
-    @dataclass
-    class Config:
-        output_stride = 1
-        classes = ("a", "b")
-        mean = (0.0, 0.0, 0.0)
-        std = (1.0, 1.0, 1.0)
 
     class Same(torch.nn.Module):
         def forward(self, images):
             seen.append(images)
             return images
 
-    found = multi_scale_probabilities(Same(), Config(), picture(), (1.0, 0.5), True)
+    values = {"output_stride": 1, "classes": ("a", "b"), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    config = replace(SEGMENTER, **values)
+    found = multi_scale_probabilities(Same(), config, picture(), scales=(1.0, 0.5), flip=True)
     assert [view.shape for view in seen] == [(2, 3, 80, 113), (2, 3, 40, 56)]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in seen)
     assert all(torch.equal(view[1], view[0].flip(-1)) for view in seen)

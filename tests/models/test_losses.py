@@ -10,6 +10,7 @@ from isim.models.losses import modified_cross_entropy, pixel_cross_entropy
 
 BACKGROUND_ONLY = torch.zeros(4, 4, dtype=torch.int64)
 IGNORED = torch.full((4, 4), 255)
+HALF_IGNORED = torch.where(torch.arange(4)[:, None] < 2, 255, 0).expand(4, 4)
 
 
 def foreground(ignored_rows=0):
@@ -19,64 +20,46 @@ def foreground(ignored_rows=0):
     return label
 
 
-def loss_of(*labels, seed=0):
-    logits = torch.randn(
-        len(labels), 3, 4, 4, generator=torch.Generator().manual_seed(seed), requires_grad=True
-    )
+def loss_of(*labels):
+    start = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(labels), 3, 4, 4, generator=start, requires_grad=True)
     loss, left_out = modified_cross_entropy(logits, torch.stack(labels))
     loss.backward()
-    return logits, loss, left_out
-
-
-def test_crops_without_foreground_give_neither_loss_nor_gradient():
-    both, loss, left_out = loss_of(foreground(), BACKGROUND_ONLY)
-    assert int(left_out) == 1
-    assert not both.grad[1].any() and both.grad[0].any()
-    alone, _ = modified_cross_entropy(both[:1], foreground()[None])
-    assert torch.equal(loss, alone), "the mean is over the pixels that count"
-
-
-def test_ignored_pixels_are_no_foreground():
-    half_ignored = torch.where(torch.arange(4)[:, None] < 2, 255, 0).expand(4, 4)
-    for label in (IGNORED, half_ignored):
-        logits, loss, left_out = loss_of(label)
-        assert int(left_out) == 1 and loss.item() == 0 and not logits.grad.any()
-
-
-def test_ignored_pixels_of_a_counted_crop_have_no_gradient():
-    logits, _, left_out = loss_of(foreground(ignored_rows=1))
-    assert int(left_out) == 0
-    assert not logits.grad[0, :, 0].any() and logits.grad[0, :, 1:].all()
+    return logits, loss.item(), int(left_out)
 
 
 def brute_force(logits, labels):
-    """Sum of the cross-entropies pixel by pixel, and the number of pixels that count."""
-    total, count = 0.0, 0
+    """Mean of the cross-entropies, pixel by pixel, of what is not ignored."""
+    losses = []
     for image, row, column in (labels != 255).nonzero().tolist():
         scores = logits[image, :, row, column].tolist()
-        total += math.log(sum(map(math.exp, scores))) - scores[labels[image, row, column]]
-        count += 1
-    return total, count
+        label = int(labels[image, row, column])
+        losses.append(math.log(sum(map(math.exp, scores))) - scores[label])
+    return sum(losses) / len(losses)
 
 
-def test_the_mean_is_over_the_counted_pixels_of_the_whole_batch():
-    labels = torch.stack([foreground(ignored_rows=2), foreground(), BACKGROUND_ONLY])
-    logits = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    total, count = brute_force(logits, labels[:2])
-    assert count == 8 + 16
-    loss, _ = modified_cross_entropy(logits, labels)
-    assert math.isclose(loss.item(), total / count, rel_tol=1e-5)
+@pytest.mark.parametrize("other", [BACKGROUND_ONLY, IGNORED, HALF_IGNORED])
+def test_pixels_count_that_are_not_ignored_in_crops_with_foreground(other):
+    """In one mean of the whole batch, and in the gradient; ignored pixels are no foreground."""
+    labels = (foreground(), other, foreground(ignored_rows=1))
+    logits, loss, left_out = loss_of(*labels)
+    counted = torch.stack([labels[0], IGNORED, labels[2]])
+    assert math.isclose(loss, brute_force(logits, counted), rel_tol=1e-5)
+    assert left_out == 1
+    assert ((logits.grad != 0).all(1) == (counted != 255)).all()
+    assert not logits.grad[1].any() and not logits.grad[2, :, 0].any()
 
 
-def test_no_counted_pixel_at_all_is_zero_without_nan():
-    logits, loss, left_out = loss_of(IGNORED, BACKGROUND_ONLY)
-    assert loss.item() == 0 and int(left_out) == 2
+@pytest.mark.parametrize("labels", [(IGNORED,), (HALF_IGNORED,), (IGNORED, BACKGROUND_ONLY)])
+def test_no_counted_pixel_at_all_is_zero_without_nan(labels):
+    logits, loss, left_out = loss_of(*labels)
+    assert loss == 0 and left_out == len(labels)
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def strided(size, stride, seed=2):
+def strided(size, stride):
     """Logits (2, 3, h, w) of a size, and labels that are partly ignored."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(2)
     maps = [-(-side // stride) for side in size]
     logits = torch.randn(2, 3, *maps, generator=generator, requires_grad=True)
     labels = torch.randint(0, 3, (2, *size), generator=generator)
@@ -89,20 +72,15 @@ def test_the_plain_loss_is_the_mean_over_counted_pixels(size, stride):
     rows, columns = (side * stride for side in logits.shape[2:])
     # The map covers the image with its padding, which is cut off.
     pixels = F.interpolate(logits.detach(), (rows, columns), mode="bilinear")
-    total, count = brute_force(pixels, labels)
     loss = pixel_cross_entropy(logits, labels, stride)
-    assert math.isclose(loss.item(), total / count, rel_tol=1e-5)
+    assert math.isclose(loss.item(), brute_force(pixels, labels), rel_tol=1e-5)
 
 
-def test_the_plain_loss_counts_crops_without_foreground():
-    logits = torch.zeros(2, 3, 4, 4)
-    labels = torch.stack([IGNORED, BACKGROUND_ONLY])
-    assert math.isclose(pixel_cross_entropy(logits, labels, 1).item(), math.log(3), rel_tol=1e-6)
-
-
-def test_the_plain_loss_without_counted_pixels_is_zero_and_so_are_its_gradients():
-    logits, labels = strided((16, 16), 8)
-    loss = pixel_cross_entropy(logits, torch.full_like(labels, 255), 8)
+def test_the_plain_loss_counts_crops_without_foreground_and_is_zero_without_counted_pixels():
+    logits = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.stack([IGNORED, BACKGROUND_ONLY]), 1)
+    assert math.isclose(loss.item(), math.log(3), rel_tol=1e-6)
+    loss = pixel_cross_entropy(logits, torch.stack([IGNORED, IGNORED]), 1)
     loss.backward()
     assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 

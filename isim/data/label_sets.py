@@ -1,0 +1,52 @@
+"""Label sets that segmenters train on: the file that holds an image's label map (spec 7)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isim.data.prepared import Item
+from isim.errors import UserError
+from isim.params import label_set_path
+
+# Stages that make the folders of `label_set_path`; train_cam makes the others.
+_MAKERS = {"data/cams": "export-cams", "data/random_walk": "random-walk"}
+
+
+def sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[str, Path]:
+    """Find the file of each image's label map, by id: a PNG or, for `seeds`, a CAM file.
+
+    `name` is one that `params.label_set_path` knows, `split` the one that `items` are of. Images
+    without a label map are left out.
+
+    Raises:
+        UserError: The label set is not there, or has nothing for any of the items.
+    """
+    if name == "ground_truth":
+        found = {item.id: item.mask for item in items if item.mask is not None}
+        remedy = "give the images masks, or train on another label set"
+    else:
+        maker = _MAKERS.get(str(label_set_path(name)), "train-cam")
+        crf = ", with crf_after: true" if name.endswith("_crf") else ""
+        remedy = f"run `isim {maker}` first, for split '{split}'{crf}"
+        folder = _folder(name, split, root / str(label_set_path(name)))
+        if not folder.is_dir():
+            raise UserError(f"label set '{name}': {folder} is missing; {remedy}")
+        suffix = ".npz" if name == "seeds" else ".png"
+        paths = {path.stem: path for path in folder.glob(f"[!.]*{suffix}")}
+        found = {item.id: paths[item.id] for item in items if item.id in paths}
+    if not found:
+        raise UserError(
+            f"label set '{name}': none of the {len(items)} images of split '{split}' has a label "
+            f"map; {remedy}"
+        )
+    return found
+
+
+def _folder(name: str, split: str, base: Path) -> Path:
+    # A round is of one split, the others have a folder a split.
+    if name.startswith("round_"):
+        return base
+    if name == "last_round":
+        # By number: as text, round_100 comes before round_99.
+        numbers = [int(path.name[6:]) for path in base.glob("round_*") if path.name[6:].isdigit()]
+        return base / f"round_{max(numbers, default=1):02d}"
+    return base / (f"{split}_crf" if name.endswith("_crf") else split)

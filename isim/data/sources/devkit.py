@@ -1,0 +1,81 @@
+"""Folders laid out as VOC's devkits, whole or any part of one (spec 2)."""
+
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+from isim.data.sources.source import Entry, Source, check_labels
+from isim.errors import UserError
+
+# The lists that are read. The masks and classes of `test` are the server's secret: the XML files
+# that come with its images serve other tasks and name persons to look at, not what is there.
+SPLITS = ("train", "val", "test")
+
+
+def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
+    """Read the lists, annotations and names of masks of a devkit; no image is opened.
+
+    The images of `test` are an archive of their own: those that are not there are left out of the
+    split, with a note, and without any there is no such split. Their labels are unknown.
+
+    Raises:
+        UserError: The devkit has no list of a known split.
+    """
+    lists, images = devkit / "ImageSets" / "Segmentation", devkit / "JPEGImages"
+    splits: dict[str, tuple[str, ...]] = {}
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for split in SPLITS:
+        path = lists / f"{split}.txt"
+        if not path.exists():
+            continue
+        listed = Counter(path.read_text(encoding="utf-8", errors="replace").split())
+        there = tuple(listed)
+        if split == "test":
+            there = tuple(name for name in listed if (images / f"{name}.jpg").exists())
+            if lacking := len(listed) - len(there):
+                notes.append(
+                    f"test: {lacking} of its {len(listed)} images are not in {images}; left out"
+                )
+            if lacking and not there:
+                continue
+        splits[split] = there
+        for name in there:
+            # Outputs are named after the id.
+            if Path(name).name != name or name.startswith("."):
+                problems.append(f"{path}: '{name}' is no plain image id")
+            else:
+                entries.setdefault(name, read_entry(devkit, name, classes, split != "test"))
+        repeated = [name for name, count in listed.items() if count > 1]
+        problems += [f"{path}: {name} is listed more than once" for name in repeated]
+    if not splits:
+        raise UserError(
+            f"{lists} holds none of {', '.join(SPLITS)} (.txt) with images; add the lists of ids"
+        )
+    return Source(classes, entries, splits, tuple(problems), tuple(notes))
+
+
+def read_entry(devkit: Path, name: str, classes: tuple[str, ...], labelled: bool) -> Entry:
+    """Describe the image `name`, whose labels are unknown unless it is `labelled` by its XML."""
+    mask = devkit / "SegmentationClass" / f"{name}.png"
+    annotation = devkit / "Annotations" / f"{name}.xml"
+    labels, problems = _labels(annotation, classes) if labelled else (None, ())
+    image = devkit / "JPEGImages" / f"{name}.jpg"
+    return Entry(image, mask if mask.exists() else None, labels, problems)
+
+
+def _labels(path: Path, classes: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Read the sorted names of objects, difficult included, not of parts; and what is wrong."""
+    if not path.exists():
+        return None, (f"{path} is missing: an image without a label",)
+    try:
+        text = path.read_bytes()
+        # VOC needs no DTD; entities are how XML files exhaust memory.
+        if b"<!DOCTYPE" in text:
+            return None, (f"{path} declares a DOCTYPE; remove it",)
+        objects = ElementTree.fromstring(text).iter("object")
+    except (OSError, ElementTree.ParseError) as error:
+        return None, (f"{path} is not a readable annotation ({error}); replace it",)
+    labels = tuple(sorted({(node.findtext("name") or "").strip() for node in objects}))
+    return labels, check_labels(labels, classes, str(path))

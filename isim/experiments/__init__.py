@@ -1,0 +1,1 @@
+"""Experiments: the paper's cells, presets, and tables of what was measured."""

@@ -1,0 +1,237 @@
+"""Finished runs, of this workspace and of DVC's experiments, with the parameters of `dvc.lock`.
+
+`params.yaml` may have been edited since: it only says which record of a label set is present.
+"""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from isim.runtime.identity import md5_of
+
+Tree = Mapping[str, Any]
+# Record in `dvc.lock` of the stage that wrote an output, and the output's MD5, by path; None where
+# several stages claim it.
+Lock = Mapping[str, tuple[Tree, str] | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    `fetch` gives the text of a table that is not in `reports`, by path, or None: DVC shows the
+    figures of its experiments, and keeps their tables.
+    """
+
+    name: str  # `workspace`, the experiment's name, or the commit's
+    when: float  # seconds since 1970
+    lock: Lock
+    reports: Mapping[str, Any]  # JSON trees, or lists of CSV rows, by path
+    fetch: Callable[[str], str | None] = field(default=lambda _: None, compare=False)
+
+    def report(self, path: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+        """A JSON tree or a list of CSV rows; None when the run has no such report."""
+        if path in self.reports or not path.endswith(".csv"):
+            return self.reports.get(path)
+        text = self.fetch(path)
+        return None if text is None else _parse_report(path, text)
+
+
+def read_all(root: Path) -> tuple[list[Run], str | None]:
+    """Read every run known in the project folder, and a line that says why some are not, if so.
+
+    The workspace's run, if any, comes first.
+    """
+    found = workspace(root)
+    runs = [found] if found else []
+    try:
+        # Cached, as a table holds the figures of many cells.
+        runs += from_dvc(_exp_show(root), partial(_text_at, root), cache(partial(_out_at, root)))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        why = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        return runs, f"DVC experiments cannot be read ({why[-1] if why else 'no reason given'})"
+    return runs, None
+
+
+def workspace(root: Path) -> Run | None:
+    """The run whose reports lie in `root`; None without `dvc.lock`.
+
+    Reports that are not those `dvc.lock` names, by their MD5, are left out.
+    """
+    path, parameters = root / "dvc.lock", root / "params.yaml"
+    try:
+        lock = read_lock(path.read_text(), parameters.read_text() if parameters.exists() else None)
+        when = path.stat().st_mtime
+    except OSError:
+        return None
+    reports = {}
+    for name, claim in lock.items():
+        if not name.startswith("reports/") or not name.endswith((".json", ".csv")):
+            continue
+        try:
+            data = (root / name).read_bytes()
+        except OSError:
+            continue
+        if claim and md5_of(data) == claim[1]:
+            reports[name] = _parse_report(name, data.decode())
+    return Run("workspace", when, lock, reports)
+
+
+def _parse_report(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+    return list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else json.loads(text)
+
+
+def from_dvc(
+    states: list[Tree],
+    text_at: Callable[[str, str], str | None],
+    out_at: Callable[[str, str], str | None],
+) -> list[Run]:
+    """Runs in the output of `dvc exp show --json`: commits and experiments with a `dvc.lock`.
+
+    Queued, running and failed ones have not ended. By revision and path, `text_at` gives the text
+    of a file that git has, `out_at` of one that DVC has, or None.
+    """
+    ended: list[tuple[str | None, Tree]] = []
+    for state in states:
+        if state["rev"] == "workspace":
+            continue
+        for entry in state.get("experiments") or []:
+            if (entry.get("executor") or {}).get("state", "success") == "success":
+                last = entry["revs"][0]
+                ended.append((entry.get("name") or last.get("name"), last))
+        ended.append((state.get("name"), state))
+    runs = []
+    for name, state in ended:
+        data, revision = state.get("data"), state["rev"]
+        text = text_at(revision, "dvc.lock") if data else None
+        if data is None or text is None:
+            continue
+        metrics = {path: found.get("data") for path, found in data["metrics"].items()}
+        runs.append(
+            Run(
+                name or revision[:7],
+                datetime.fromisoformat(data["timestamp"]).timestamp(),
+                read_lock(text, text_at(revision, "params.yaml")),
+                {path: report for path, report in metrics.items() if report is not None},
+                partial(out_at, revision),
+            )
+        )
+    return runs
+
+
+def read_lock(text: str, parameters: str | None) -> Lock:
+    """Read `dvc.lock`, with each output left to the stage that writes it now.
+
+    DVC does not drop what it recorded of a matrix whose list has changed since: a label set
+    that moved to another place in the list is claimed by the stage of its old place, too. The
+    list is in `parameters`, the text of the `params.yaml` beside it. A damaged lock, in
+    the middle of a merge say, holds nothing.
+    """
+    listed = _tree(parameters or "").get("label_sets") or []
+    labels = [str(entry.get("name")) for entry in listed if isinstance(entry, dict)]
+    claims: dict[str, list[tuple[str, tuple[Tree, str]]]] = {}
+    for name, stage in _tree(text).get("stages", {}).items():
+        for out in stage.get("outs", []):
+            claims.setdefault(out["path"], []).append((name, (stage, out.get("md5", ""))))
+    lock: dict[str, tuple[Tree, str] | None] = {}
+    for path, several in claims.items():
+        present = [claim for name, claim in several if _is_present(name, path, labels)]
+        left = present or [claim for _, claim in several]
+        lock[path] = left[0] if len(left) == 1 else None
+    return lock
+
+
+def _is_present(stage: str, path: str, labels: list[str]) -> bool:
+    """Tell if a stage of the matrix (`dvc.yaml`) is at the place of the label set in `path`."""
+    _, _, place = stage.partition("@labels")
+    known = place.isdecimal() and int(place) < len(labels)
+    return known and labels[int(place)] in path.split("/")
+
+
+def lineage(lock: Lock, path: str) -> dict[str, Any] | None:
+    """Parameters of the stage that wrote `path` and of all before it: sections by name.
+
+    Returns:
+        None when no stage wrote `path` or several claim to; when one of them read what the stage
+        before has written anew since, as after an experiment of an early stage alone; or when
+        they had different values of a section in common.
+    """
+    parameters: dict[str, Any] = {}
+    todo, done = [path], set()
+    while todo:
+        name = todo.pop()
+        if name in done:
+            continue
+        done.add(name)
+        claim = lock.get(name)
+        if claim is None:
+            return None
+        stage, _ = claim
+        for sections in stage.get("params", {}).values():
+            # Several stages have a section in common: one may have been run alone since.
+            if any(parameters.get(key, value) != value for key, value in sections.items()):
+                return None
+            parameters |= sections
+        for dep in stage.get("deps", []):
+            if dep["path"] in lock:
+                _, md5 = lock[dep["path"]] or (None, None)
+                if dep["md5"] != md5:
+                    return None
+                todo.append(dep["path"])
+            elif any(dep["path"].startswith(f"{out}/") for out in lock):
+                # One file of a folder: its hash is not in the lock, so nothing can be said.
+                return None
+    return parameters
+
+
+def _tree(text: str) -> dict[str, Any]:
+    try:
+        tree = YAML(typ="safe").load(text)
+    except YAMLError:
+        tree = None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _exp_show(root: Path) -> list[Tree]:
+    """Output of `dvc exp show` for HEAD and every commit that an experiment starts from."""
+    listed = _output(root, "git", "for-each-ref", "--format=%(refname)", "refs/exps")
+    # An experiment is refs/exps/<2 digits>/<38 digits>/<name>; other refs are DVC's own.
+    parts = [line.split("/") for line in listed.splitlines()]
+    starts = {p[2] + p[3] for p in parts if len(p) == 5 and len(p[2]) == 2 and len(p[3]) == 38}
+    revisions = [word for start in ("HEAD", *sorted(starts)) for word in ("--rev", start)]
+    dvc = (sys.executable, "-m", "dvc", "exp", "show", "--json", *revisions)
+    states: list[Tree] = json.loads(_output(root, *dvc))
+    return states
+
+
+def _text_at(root: Path, revision: str, path: str) -> str | None:
+    try:
+        return _output(root, "git", "show", f"{revision}:./{path}")
+    except subprocess.CalledProcessError:
+        return None
+
+
+def _out_at(root: Path, revision: str, path: str) -> str | None:
+    # Imported here: it takes a second, and only this needs it.
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        return str(dvc.api.read(path, repo=str(root), rev=revision))
+    except (OSError, DvcException):
+        return None
+
+
+def _output(root: Path, *command: str) -> str:
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout

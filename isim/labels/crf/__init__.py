@@ -1,0 +1,1 @@
+"""Fully connected CRF: refinement of label maps along an image's edges."""

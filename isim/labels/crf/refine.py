@@ -1,0 +1,126 @@
+"""Fully connected CRF on a hard label map or on class probabilities (paper 4.1; spec 5).
+
+`$ISIM_CRF` chooses (`kernels.crf_backend`): the reference pydensecrf, or the faster C++ kernel.
+"""
+
+import math
+
+import numpy as np
+import pydensecrf.densecrf as densecrf
+from numpy.typing import NDArray
+from pydensecrf.utils import unary_from_labels, unary_from_softmax
+
+from isim.labels.crf import kernel
+from isim.params import Crf
+from isim.runtime import kernels
+
+# Probabilities below count as this, as in pydensecrf.
+LEAST_PROBABILITY = 1e-5
+
+
+def refine(
+    image: NDArray[np.uint8],
+    seed: NDArray[np.uint8],
+    class_ids: NDArray[np.int64],
+    settings: Crf,
+) -> NDArray[np.uint8]:
+    """Refine a seed along the image's edges by mean-field inference (spec 5, set `labels`).
+
+    Args:
+        image: (H, W, 3) RGB.
+        seed: (H, W) labels out of 0 and `class_ids`.
+        class_ids: (K',) labelled classes of the image, 1..K; may be empty.
+        settings: All of them.
+
+    Returns:
+        (H, W) labels out of 0 and `class_ids`: other classes cannot appear.
+
+    Raises:
+        UserError: `$ISIM_CRF` is unknown, or `compiled` without a compiler; or the kernels are too
+            narrow for the image.
+    """
+    if len(class_ids) == 0:
+        # One label only: its unary would be log(1 - p) / 0, and nothing is left to decide.
+        return np.zeros_like(seed)
+    labels = np.concatenate([[0], np.sort(class_ids)]).astype(np.uint8)
+    # Other labels come out of range, and are refused.
+    places = np.full(256, 255, np.uint8)
+    places[labels] = np.arange(len(labels))
+    compact = places[seed]
+    if uses_kernel():
+        # Energies of a label of the seed and of the others: -log p and -log((1 - p) / (n - 1)).
+        own = math.log(settings.gt_prob * len(class_ids) / (1 - settings.gt_prob))
+        best = np.empty(seed.shape, np.uint8)
+        kernel.infer(image, settings, best, seed=compact, count=len(labels), own=own)
+    else:
+        unary = unary_from_labels(compact, len(labels), settings.gt_prob, zero_unsure=False)
+        best = _most_probable(_reference(image, unary, settings), seed.shape)
+    return labels[best]
+
+
+def refine_soft(
+    image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: Crf
+) -> NDArray[np.uint8]:
+    """Refine class probabilities along the image's edges (spec 5, sets `soft` and `segmenter`).
+
+    All L labels take part, however improbable. Errors are those of `refine`.
+
+    Args:
+        image: (H, W, 3) RGB.
+        probabilities: (L, H, W), a softmax over L; below 1e-5 they count as 1e-5.
+        settings: All but `gt_prob`.
+
+    Returns:
+        (H, W) labels 0..L-1, indices of the planes.
+    """
+    size = probabilities.shape[1:]
+    if len(probabilities) == 1:
+        return np.zeros(size, np.uint8)
+    if uses_kernel():
+        unary = -np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+        unary = unary.reshape(len(unary), -1)
+        return kernel.infer(image, settings, np.empty(size, np.uint8), unary=unary)
+    unary = unary_from_softmax(probabilities, clip=LEAST_PROBABILITY)
+    return _most_probable(_reference(image, unary, settings), size)
+
+
+def marginals(
+    image: NDArray[np.uint8], unary: NDArray[np.float32], settings: Crf
+) -> NDArray[np.float32]:
+    """Compute the probabilities (L, H * W) that mean-field inference ends with.
+
+    It starts from energies (L, H * W), L at least 2; after 0 steps they are the softmax of -unary.
+    Errors are those of `refine`.
+    """
+    if uses_kernel():
+        return kernel.infer(image, settings, np.empty(unary.shape, np.float32), unary=unary)
+    return _reference(image, unary, settings)
+
+
+def uses_kernel() -> bool:
+    """Tell whether the C++ kernel computes, and not pydensecrf: also beside a GPU (`torch`)."""
+    backend = kernels.crf_backend()
+    if backend in ("auto", "torch"):
+        return kernels.available("crf", "the dCRF is computed by pydensecrf, slowly")
+    return backend == "compiled"
+
+
+def _most_probable(probabilities: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.reshape(probabilities.argmax(0), size).astype(np.uint8)
+
+
+def _reference(
+    image: NDArray[np.uint8], unary: NDArray[np.float32], settings: Crf
+) -> NDArray[np.float32]:
+    """Compute (L, H * W) probabilities by pydensecrf, for energies of the same shape."""
+    height, width = image.shape[:2]
+    field = densecrf.DenseCRF2D(width, height, len(unary))
+    field.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
+    field.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
+    field.addPairwiseBilateral(
+        sxy=settings.bilateral_sxy,
+        srgb=settings.bilateral_srgb,
+        rgbim=np.ascontiguousarray(image),
+        compat=settings.bilateral_compat,
+    )
+    return np.asarray(field.inference(settings.steps))

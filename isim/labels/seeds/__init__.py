@@ -1,0 +1,1 @@
+"""Seeds: hard label maps of CAMs by a threshold."""

@@ -1,0 +1,48 @@
+"""Seed: the hard label map of CAMs by a threshold, before any refinement (spec 5)."""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from isim.metrics import BACKGROUND
+
+
+def peak(
+    cam: NDArray[np.float32], class_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Find each pixel's highest of (K', H, W) CAMs in [0, 1], which are of `class_ids` (K',).
+
+    Returns:
+        (H, W) label of the highest plane, the first of equals, and (H, W) its height; 0 for K' = 0.
+    """
+    if len(class_ids) == 0:
+        return np.zeros(cam.shape[1:], np.uint8), np.zeros(cam.shape[1:], np.float32)
+    best = cam.argmax(0)
+    height = np.take_along_axis(cam, best[None], 0)[0]
+    return np.asarray(class_ids, np.uint8)[best], height
+
+
+def seed(
+    cam: NDArray[np.float32], class_ids: NDArray[np.int64], threshold: float
+) -> NDArray[np.uint8]:
+    """Make the (H, W) labels of CAMs: `cut` what `peak` finds."""
+    return cut(*peak(cam, class_ids), threshold)
+
+
+def cut(
+    best: NDArray[np.uint8], height: NDArray[np.float32], threshold: float
+) -> NDArray[np.uint8]:
+    """Set the labels (H, W) of `peak` to background, 0, where their height is not above a plane's.
+
+    The background plane is at `threshold` (0.3 in the paper, 4.1); a tie is background.
+    """
+    return np.where(height > threshold, best, np.uint8(BACKGROUND))
+
+
+def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize stored CAMs (K', h, w) to an image's size (H, W), bilinear: (K', H, W) float32."""
+    height, width = size
+    grown = np.zeros((len(planes), height, width), np.float32)
+    for plane, out in zip(planes, grown, strict=True):
+        cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
+    return grown

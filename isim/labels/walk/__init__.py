@@ -1,0 +1,1 @@
+"""Random walk along affinities, and the pixel pairs that affinity is about."""

@@ -1,0 +1,188 @@
+"""timm encoders: building them, what they expect, their weights, and those that cannot serve.
+
+Each error names the parameter of that section of `params.yaml` which a configuration is of.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from isim.errors import UserError
+from isim.models import common
+from isim.params import TrainAffinity, TrainCam, TrainSegmenter
+
+_Config = TypeVar("_Config", bound=common.Config)
+
+# What names of a decoder's tensors hold, here and in other libraries.
+DECODER_MARKS = (
+    *("decoder", "aspp", "segmentation", ".convs.", "conv2d_list"),
+    *("head.branches.", "head.classifier."),
+)
+
+
+class _Configured(Protocol):
+    """Configuration of a network on an encoder."""
+
+    stage: ClassVar[str]
+
+    @property
+    def encoder(self) -> str: ...
+    @property
+    def output_stride(self) -> int: ...
+
+
+class EncoderNetwork(nn.Module):
+    """A network on an encoder: images (B, 3, H, W) to a list of feature maps.
+
+    With `freeze_encoder_norm` the encoder's normalisation keeps its running statistics.
+    """
+
+    def __init__(self, encoder: nn.Module, freeze_encoder_norm: bool) -> None:
+        """Hold the encoder."""
+        super().__init__()
+        self.encoder = encoder
+        self.freeze_encoder_norm = freeze_encoder_norm
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode; frozen normalisation layers stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_encoder_norm:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def build(config: _Configured) -> smp.encoders.TimmUniversalEncoder:
+    """Make an encoder with random weights; whatever timm's code meets is raised."""
+    return smp.encoders.get_encoder(
+        f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
+    )
+
+
+@contextlib.contextmanager
+def must_serve(config: _Configured) -> Iterator[None]:
+    """Turn any error of building a network and trying it out into that of its encoder."""
+    try:
+        yield
+    except Exception as error:  # timm and smp raise whatever their code meets
+        coarser = "; some serve at output_stride: 32 alone, which no DeepLab has"
+        raise UserError(
+            f"{config.stage}.encoder: timm encoder '{config.encoder}' at output_stride "
+            f"{config.output_stride} cannot be built or does not take images of any size "
+            f"({common.reason(error)}); choose one that has strided features, such as "
+            f"resnet50.tv_in1k or mobilenetv2_100"
+            f"{coarser if config.output_stride < 32 else ''}"
+        ) from error
+
+
+def configure(
+    kind: type[_Config],
+    params: TrainCam | TrainAffinity | TrainSegmenter,
+    **others: Any,  # noqa: ANN401 - the configuration's own types
+) -> _Config:
+    """Describe the network that a section asks for; `others` are values that it does not have.
+
+    Images in [0, 1] are normalised by the encoder's own mean and std, or not at all (spec 3.5).
+    Raises UserError where timm does not know the encoder.
+    """
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    if params.input_norm == "encoder":
+        known = timm.get_pretrained_cfg(params.encoder)
+        if known is None:
+            close = difflib.get_close_matches(params.encoder.split(".")[0], timm.list_models(), n=5)
+            hint = f"; similar: {', '.join(close)}" if close else ""
+            raise UserError(f"{kind.stage}.encoder: timm has no encoder '{params.encoder}'{hint}")
+        mean, std = tuple(known.mean), tuple(known.std)
+    shared = {f.name: getattr(params, f.name) for f in fields(kind) if hasattr(params, f.name)}
+    return kind(**shared, **{"mean": mean, "std": std}, **others)
+
+
+def load(network: nn.Module, config: _Configured, weights: str, path: Path) -> None:
+    """Fill the encoder with ImageNet weights; the rest keeps its random start.
+
+    Args:
+        network: Its `encoder` is changed in place, and not at all when an error is raised.
+        config: Its configuration.
+        weights: `none`, `imagenet` (downloaded by timm) or anything else for `path`.
+        path: A file for `read` with timm's keys.
+
+    Raises:
+        UserError: No network, no such file, another architecture, or keys of a decoder,
+            which would bring in pixel supervision (spec 7).
+    """
+    if weights == "imagenet":
+        try:
+            state = timm.create_model(config.encoder, pretrained=True).state_dict()
+        except Exception as error:  # the hub client has many kinds of network errors
+            raise UserError(
+                f"{config.stage}.weights: cannot fetch ImageNet weights of {config.encoder} "
+                f"({common.reason(error)[:120]}); check the network, or give the path of a "
+                "safetensors file"
+            ) from error
+        fill(network, config, weights, state)
+    elif weights != "none":
+        fill(network, config, weights, read(path, config))
+
+
+def fill(network: nn.Module, config: _Configured, weights: str, state: dict[str, Tensor]) -> None:
+    """Fill the encoder with tensors that have timm's names; otherwise as `load`."""
+    model = network.get_submodule("encoder.model")
+    own = model.state_dict()
+    # Some of timm's feature extractors name `stages.0` `stages_0`.
+    flat = {key: key.replace(".", "_", 1) for key in state}
+    state = {flat[key] if flat[key] in own else key: value for key, value in state.items()}
+    with torch.device("meta"):
+        whole = timm.create_model(config.encoder.split(".")[0]).state_dict()
+    foreign = [key for key in state if key not in own and key not in whole]
+    decoder = [key for key in foreign if any(mark in key for mark in DECODER_MARKS)]
+    if decoder:
+        allow = f", or set {config.stage}.allow_decoder_weights: true, which results then record"
+        raise UserError(
+            f"{config.stage}.weights: {weights} holds decoder keys such as {decoder[0]}, that is "
+            "pixel supervision; use ImageNet weights of the encoder alone"
+            f"{allow if config.stage == 'train_segmenter' else ''}"
+        )
+    missing = [key for key in own if key not in state]
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or wrong or foreign:
+        example = (missing or wrong or foreign)[0]
+        raise UserError(
+            f"{config.stage}.weights: {weights} is of another architecture than {config.encoder}: "
+            f"{len(missing)} keys missing, {len(wrong)} of another shape, {len(foreign)} "
+            f"unknown (e.g. {example}); set {config.stage}.encoder to the file's architecture"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def read(path: Path, config: _Configured) -> dict[str, Tensor]:
+    """Tensors, on the CPU, of a safetensors file or a legacy `.pth`, which is not unpickled.
+
+    Raises UserError where there is no such file, or no plain mapping of names to tensors in it.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{config.stage}.weights: no file {path}; give imagenet, none or an existing file"
+        )
+    try:
+        if path.suffix not in {".pth", ".pt"}:
+            return load_file(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("no plain mapping of names to tensors")
+    except Exception as error:  # both libraries raise whatever their code meets
+        raise UserError(
+            f"{config.stage}.weights: {path} is not a readable file of weights (safetensors, or a "
+            ".pth that holds names and tensors alone); fetch it again"
+        ) from error
+    return state

@@ -1,0 +1,1 @@
+"""Passes over images: each computes something of every image, once."""

@@ -1,0 +1,1 @@
+"""Reporting: MLflow runs, plots, pictures, the result table, the archive for VOC's server."""

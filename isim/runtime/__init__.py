@@ -1,0 +1,1 @@
+"""Machine of a run: processes, devices, memory, helpers, files, identities and kernels."""

@@ -1,0 +1,114 @@
+"""Atomic writes: a file is either complete under its name or absent."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isim.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` when the block succeeds.
+
+    It has the suffix of `path`, whose folder is created when missing. After an error nothing is
+    left behind. Raises UserError when `path` is a folder, its folder cannot be written or the disk
+    is full.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        # Whatever the umask is: outs are shared through caches and remotes.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; put it in the place of `path` when the block succeeds.
+
+    Its parent is created when missing. After an error nothing is left behind. Raises UserError
+    when the folder cannot be written or the disk is full.
+    """
+    building = path.with_name(f".tmp-{path.name}")
+    try:
+        # A killed process leaves its folder behind: same name, so that it is cleared here.
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+        if path.exists():
+            shutil.rmtree(path)
+        building.replace(path)
+    except OSError as error:  # also shutil.Error
+        raise unwritable(path, error) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` with its parents unless it is there. Raises UserError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error, one line, that tells of a failed write."""
+    if isinstance(error, IsADirectoryError):
+        return UserError(
+            f"cannot write {path}: it is a folder; choose the name of a file, or move it away"
+        )
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; free space or fix the permissions of "
+        f"{path.parent} and run the same command again"
+    )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically. Raises UserError as `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path` atomically. Raises UserError as `atomic_path` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write `value` as indented JSON with a trailing newline, atomically; nan becomes null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    # JSON has no nan: browsers and other languages would refuse the whole file.
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write at least one row as CSV, atomically; all have the keys of the first, in its order."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,127 @@
+"""Safetensors files, and the folder of what an interrupted run goes on from; torch comes lazily."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from isim.errors import UserError
+from isim.runtime import atomic, processes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+_STATE = "state.safetensors"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, in the first process. Raises UserError as `write_bytes` does."""
+    from safetensors.torch import save
+
+    if processes.is_main():
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        atomic.write_bytes(path, save(plain, metadata))
+
+
+def save_state(
+    resume: Path, network: "nn.Module", optimizer: "Optimizer", progress: dict[str, Any]
+) -> None:
+    """Write weights, optimizer buffers, JSON progress. Raises UserError as `save_tensors` does."""
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for index, buffers in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in buffers.items()}
+    header = {"digest": resume.name, "progress": json.dumps(progress)}
+    save_tensors(resume / _STATE, tensors, header)
+
+
+def restore(resume: Path, network: "nn.Module", optimizer: "Optimizer") -> dict[str, Any]:
+    """Undo `save_state` in place (the network keeps its memory format), if there is a state.
+
+    Returns the saved progress, or `{"epochs": []}`. Raises UserError when another host still sees
+    an older state.
+    """
+    from safetensors.torch import load_file
+
+    progress = _progress(resume) or {"epochs": []}
+    if len(set(processes.gather(len(progress["epochs"])))) > 1:
+        # Network file systems cache names for up to a minute.
+        raise UserError(
+            f"the hosts of this run see different states in {resume}; wait a minute and run the "
+            "same command again"
+        )
+    if progress["epochs"]:
+        weights: dict[str, Tensor] = {}
+        buffers: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(resume / _STATE).items():
+            kind, name = key.split(".", 1)
+            if kind == "network":
+                weights[name] = tensor
+            else:
+                index, name = name.split(".", 1)
+                buffers.setdefault(int(index), {})[name] = tensor
+        network.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": buffers})
+    return progress
+
+
+def resume_folder(base: Path, digest: str) -> Path:
+    """Make the folder of the run `digest` below `base`, or clear up what a killed run left there.
+
+    A state that cannot be read, or of another run, is removed with all beside it. The latest of the
+    other interrupted runs stays, to go on from. Raises UserError when the folder cannot be made.
+    """
+    folder = base / digest
+    if processes.is_main():
+        for leftover in base.glob(".removing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        others = [path for path in base.glob("[!.]*") if path != folder]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
+            _remove(path)
+        if (folder / _STATE).exists() and _progress(folder) is None:
+            _remove(folder)
+        atomic.make_directory(folder)
+        # Else half a file could be published.
+        for leftover in folder.rglob(".tmp-*"):
+            leftover.unlink(missing_ok=True)
+    processes.barrier()
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove a finished run's folder, and the one above it when no other run is in it.
+
+    Raises UserError when it cannot be renamed.
+    """
+    # Some process may still read there.
+    processes.barrier()
+    if processes.is_main():
+        _remove(folder)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Rename before deleting: what a kill leaves must not pass for a state to go on from."""
+    removing = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(removing, ignore_errors=True)
+    try:
+        folder.rename(removing)
+    except OSError as error:
+        raise atomic.unwritable(folder, error) from error
+    # Files that another host has open stay; the next `resume_folder` deletes them.
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def _progress(resume: Path) -> dict[str, Any] | None:
+    """Read the progress of a saved state; None when this run has saved none that is readable."""
+    try:
+        with safe_open(resume / _STATE, "np") as file:
+            header = file.metadata()
+        return json.loads(header["progress"]) if header["digest"] == resume.name else None
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError):
+        return None

@@ -1,0 +1,101 @@
+"""Helpers of a process: threads that map a function over a stream, and loader processes."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from isim.errors import UserError
+from isim.runtime import processes
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def worker_count() -> int:
+    """Return the number of helpers of this process: `$ISIM_WORKERS`, else its share of the cores.
+
+    Raises UserError when `$ISIM_WORKERS` is no number of at least 0.
+    """
+    text = os.environ.get("ISIM_WORKERS")
+    if text is None:
+        return max(1, len(os.sched_getaffinity(0)) // processes.local_world())
+    if not text.isdigit():
+        raise UserError(f"ISIM_WORKERS: expected a number such as 2, got '{text}'")
+    return int(text)
+
+
+def in_threads(
+    function: Callable[[A], B],
+    stream: Iterable[A],
+    title: str = "",
+    *,
+    threads: int | None = None,
+    depth: int | None = None,
+    start: Callable[[], object] | None = None,
+) -> Iterator[B]:
+    """Yield `function(value)` for each value of a stream, in order, computed ahead in threads.
+
+    The stream, of any length, is read in the caller's thread: a next value when a result was
+    taken. The first exception is raised here, and calls that have not begun are dropped.
+
+    There are `worker_count()` threads unless `threads` says otherwise (0: the caller's alone), and
+    as many calls ahead as `depth` says, or two a thread. `start` is called first in each thread. A
+    `title` is that of a progress bar in the terminal.
+    """
+    if title:
+        stream = tqdm(stream, title, unit="image", disable=None)
+    if threads is None:
+        threads = worker_count()
+    if not threads:
+        yield from map(function, stream)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=start)
+    source = iter(stream)
+    try:
+        first = islice(source, depth or 2 * threads)
+        waiting = deque(pool.submit(function, value) for value in first)
+        while waiting:
+            # Before the next value, which can take long: what is finished is handed over at once.
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, value) for value in islice(source, 1))
+    finally:
+        # Ctrl-C would otherwise wait for all of them.
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block ends: around what forks processes.
+
+    Python drops what a signal's handler raises within the hooks of a fork, and the run would go
+    on. Processes forked inside have handlers that do nothing; `start_loader` gives them others.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for caught in received:
+            signal.raise_signal(caught)
+
+
+def start_loader(_: int) -> None:
+    """Prepare a forked loader process: Ctrl-C is the parent's to handle, SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,60 @@
+"""Digests of files, of parameters, and of the code that a stage's result depends on."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent.parent
+# No result depends on how commands are read, nor on what is shown and compared.
+_ASIDE = {"cli.py", "__main__.py", "reporting", "experiments"}
+
+
+def sha256(data: bytes) -> str:
+    """Return the hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def md5_of(data: bytes) -> str:
+    """Return the hex md5 of `data`, DVC's key of a file that holds it."""
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def md5(path: Path) -> str:
+    """Return the md5 that DVC gives a file or a folder (`.dir` appended); OSError passes."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    listing = [
+        {"md5": md5(path / name), "relpath": name.as_posix()}
+        for name in (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        if "__pycache__" not in name.parts
+    ]
+    listing.sort(key=lambda entry: entry["relpath"])
+    return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """Return 12 hex digits of the SHA-256 of a tree's canonical JSON."""
+    return sha256(json.dumps(tree, sort_keys=True).encode())[:12]
+
+
+def code_files(stage: str) -> list[Path]:
+    """Return all source files but those that no result of this stage depends on.
+
+    Those are also the other stages and, for all stages but `prepare`, the readers of sources.
+    """
+    found = []
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.cpp")]):
+        parts = path.relative_to(PACKAGE).parts
+        other_stage = parts[0] == "stages" and path.stem not in (stage, "__init__")
+        source = parts[:2] == ("data", "sources") and stage != "prepare"
+        if parts[0] not in _ASIDE and not other_stage and not source:
+            found.append(path)
+    return found
+
+
+def of_code(stage: str) -> str:
+    """Return the digest of the names and contents of `code_files`."""
+    return digest({str(path.relative_to(PACKAGE)): md5(path) for path in code_files(stage)})

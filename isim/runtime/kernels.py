@@ -1,0 +1,103 @@
+"""C++ kernels of `isim/labels`: compiled once a machine, kept, and called without the GIL."""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import warnings
+from pathlib import Path
+
+from filelock import FileLock
+
+from isim.errors import UserError
+from isim.runtime import identity
+from isim.runtime.atomic import atomic_path
+
+SOURCES = Path(__file__).parent.parent / "labels"
+# The parts of -ffast-math that the kernels profit from and that keep the order of operations. Not
+# the flag itself: with it a shared library makes the whole process round tiny numbers to zero.
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
+)
+CRF_BACKENDS = ("auto", "pydensecrf", "compiled", "torch")
+
+
+class Unavailable(Exception):
+    """A kernel that cannot be had here; the message says why, in one line."""
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """Load `isim/labels/<name>/kernel.cpp`, compiling it if this machine has not done so yet.
+
+    The library is kept below `$ISIM_CACHE`, else `$XDG_CACHE_HOME/isim` or `~/.cache/isim`, under
+    a digest of its source, the compiler and the processor. Several processes that need it at once
+    compile it once. ctypes calls release the GIL: kernels run side by side in threads. Raises
+    Unavailable when there is no C++ compiler, or it fails, or no folder can be written.
+    """
+    source = SOURCES / name / "kernel.cpp"
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    built = _cache() / f"{name}-{_digest(source, compiler)}.so"
+    try:
+        if not built.exists():
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(built.with_suffix(".lock")):
+                if not built.exists():
+                    _compile(compiler, source, built)
+        return ctypes.CDLL(str(built))
+    except (OSError, UserError) as error:
+        raise Unavailable(f"{built}: {error}") from error
+
+
+@functools.cache
+def available(name: str, otherwise: str) -> bool:
+    """Tell whether `library(name)` can be had; if not, say once what is done otherwise, and why."""
+    try:
+        library(name)
+    except Unavailable as error:
+        warnings.warn(f"{otherwise}: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def crf_backend() -> str:
+    """Read from `$ISIM_CRF` what computes dense CRFs; by default `auto`, the fastest there is.
+
+    Raises UserError when it is none of `CRF_BACKENDS`.
+    """
+    chosen = os.environ.get("ISIM_CRF") or "auto"
+    if chosen not in CRF_BACKENDS:
+        raise UserError(f"ISIM_CRF: there is no '{chosen}'; use {', '.join(CRF_BACKENDS)}")
+    return chosen
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get("ISIM_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isim"
+    except RuntimeError as error:
+        raise Unavailable(f"no folder for compiled kernels ({error}); set ISIM_CACHE") from error
+
+
+def _digest(source: Path, compiler: list[str]) -> str:
+    # Names the version and what -march=native stands for: unlike machines may share a home folder.
+    asked = [*compiler, *FLAGS, "-###", "-E", "-x", "c++", os.devnull]
+    try:
+        plan = subprocess.check_output(asked, stderr=subprocess.STDOUT)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = f"no C++ compiler '{shlex.join(compiler)}' ({error}); install g++ or set CXX"
+        raise Unavailable(reason) from error
+    return identity.sha256(source.read_bytes() + plan)[:16]
+
+
+def _compile(compiler: list[str], source: Path, built: Path) -> None:
+    with atomic_path(built) as temporary:
+        done = subprocess.run(
+            [*compiler, *FLAGS, str(source), "-o", str(temporary)], capture_output=True, text=True
+        )
+        if done.returncode:
+            first = done.stderr.partition("\n")[0]
+            raise Unavailable(f"{shlex.join(compiler)} cannot compile {source}: {first}")

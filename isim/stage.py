@@ -1,0 +1,239 @@
+"""Beginning and end of every stage, said once.
+
+A stage that is opened holds its lock, knows what its result depends on, works in a resume folder
+of its own, and has an MLflow run; it publishes its outs when they are complete. `start` runs a
+stage by its word, in as many processes as the environment asks for.
+"""
+
+import contextlib
+import gc
+import importlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from isim.data.prepared import Item
+from isim.errors import UserError
+from isim.params import Params, load
+from isim.reporting import pictures, tracking
+from isim.runtime import atomic, checkpoint, identity, kernels, launcher, memory, processes
+from isim.runtime.here import Here
+from isim.runtime.paths import home
+
+
+@dataclass
+class Stage(Here):
+    """An open stage.
+
+    Attributes:
+        tracked: Its MLflow run; in all processes but the first one that records nothing.
+        root: Project folder.
+        reports: Folder of its reports.
+        hashes: md5 of each input, by name.
+    """
+
+    tracked: tracking.Run = field(default_factory=tracking.NoRun)
+    root: Path = Path()
+    reports: Path = Path()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    def publish(self, outs: Mapping[str, str]) -> None:
+        """Put folders of the resume folder in their places in the project, replacing what is there.
+
+        Raises UserError when a folder cannot be written.
+        """
+        processes.barrier()
+        if processes.is_main():
+            for made, out in outs.items():
+                with atomic.atomic_directory(self.root / out) as building:
+                    shutil.copytree(self.resume / made, building, dirs_exist_ok=True)
+
+    def report(self, *writes: Callable[["Stage"], None]) -> None:
+        """Call functions with this stage, once: in the first process, when all have come here.
+
+        The pictures of an earlier run are gone then.
+        """
+        processes.barrier()
+        if processes.is_main():
+            shutil.rmtree(self.reports / "pictures", ignore_errors=True)
+            for write in writes:
+                write(self)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows to the reports as `<name>.csv`, and to MLflow as the table `name`.
+
+        Raises UserError when the file cannot be written.
+        """
+        atomic.write_csv(self.reports / f"{name}.csv", rows)
+        self.tracked.table(name, rows)
+
+    def show(
+        self,
+        splits: Mapping[str, Sequence[Item]],
+        count: int,
+        results: Callable[[str, Item], Mapping[str, Path]],
+    ) -> None:
+        """Write strips of `count` images a split to the reports, and to MLflow as squares.
+
+        The name of a split is "" where there is but one. `results` gives captions and files of a
+        split's image, as `pictures.strip` takes them. Raises UserError when a file is missing or
+        unreadable, or a strip cannot be written.
+        """
+        for split, items in splits.items():
+            for item in pictures.choose(items, count):
+                found = results(split, item)
+                path = self.reports / "pictures" / split / f"{item.id}.png"
+                pictures.write_png(path, pictures.strip(item, found))
+                square = pictures.strip(item, found, columns=2)
+                self.tracked.image(f"{split or 'pictures'}/{item.id}", square, step=0)
+
+    def log(self, name: str, figures: Mapping[str, float], step: int | None = None) -> None:
+        """Record figures in MLflow, each after `<name>_` if there is a name."""
+        start = f"{name}_" if name else ""
+        self.tracked.metrics({f"{start}{key}": v for key, v in figures.items()}, step=step)
+
+    def log_epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log the last of an epoch's rows.
+
+        A resumed run logs every row again: it may have a new MLflow run, and one that goes on
+        drops the steps that it holds.
+        """
+        row = {name: value for name, value in rows[-1].items() if name != "epoch"}
+        self.tracked.metrics(row, step=len(rows))
+
+
+@contextlib.contextmanager
+def opened(
+    word: str, params: BaseModel, root: Path, *, reads: Mapping[str, Path], label_set: str = ""
+) -> Iterator[Stage]:
+    """Open a stage: identity, resume folder, MLflow run.
+
+    An interrupted run of the same identity goes on in its resume folder. After the block the folder
+    is removed, unless the block failed. Raises UserError when the hosts of this run differ, the
+    tracking store cannot be reached, or a folder cannot be written.
+
+    Args:
+        word: The stage's word.
+        params: Its section; a field `precision` tells that it runs networks.
+        root: Project folder.
+        reads: Name -> file or folder that the result depends on; what does not exist is left out.
+        label_set: Name of one, where the stage runs once for each.
+    """
+    words = tuple(filter(None, (word, label_set)))
+    base = home(root) / ".isim"
+    here = Stage(
+        base,
+        getattr(params, "precision", "fp32"),
+        " ".join(words),
+        root=root,
+        reports=root.joinpath("reports", *words),
+        hashes=_hashes(reads),
+    )
+    key = _identity(here, words, params)
+    here.resume = checkpoint.resume_folder(base.joinpath("resume", *words), key)
+    inputs = {name: (reads[name], md5) for name, md5 in here.hashes.items()}
+    with tracking.stage_run(
+        word, params, root, inputs=inputs, identity=key, label_set=label_set
+    ) as here.tracked:
+        if hasattr(params, "precision"):
+            here.tracked.tag("precision", here.precision)
+            here.tracked.tag("device", str(here.device))
+        yield here
+    checkpoint.remove(here.resume)
+
+
+def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:
+    """Hash the inputs, in the first process: all read the same folder."""
+    found = {}
+    if processes.is_main():
+        found = {name: identity.md5(path) for name, path in reads.items() if path.exists()}
+    return processes.broadcast(found)
+
+
+def _identity(here: Stage, words: tuple[str, ...], params: BaseModel) -> str:
+    """Digest what the result depends on: parameters, inputs, code, and what computes it."""
+    machine = "none"
+    if hasattr(params, "precision"):
+        from isim.runtime import devices
+
+        # Numbers of threads and processes change the last bits alone: a run may go on with others.
+        machine = f"{devices.kind(here.device)} {here.precision}"
+    values = {"stage": words, "params": params.model_dump(mode="json")}
+    own = f"{identity.of_code(words[0])} {identity.digest(values)} {machine}"
+    if len(set(processes.gather(own))) > 1:
+        raise UserError(
+            "the hosts of this run differ in parameters, code, torch or kind of device; bring them "
+            "to the same state (one virtual environment in the shared folder does)"
+        )
+    return identity.digest({"inputs": dict(here.hashes), "own": own})
+
+
+@contextlib.contextmanager
+def alone(name: str, folder: Path) -> Iterator[None]:
+    """Wait until no other run of a stage (for a label set) for this repository is under way.
+
+    The resume state of a stage belongs to the repository, and several runs can want it:
+    `dvc exp run --temp` beside `dvc repro`, several workers of `dvc queue start`, or a stage
+    that outlived its DVC.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / f"{name}.lock"
+    atomic.make_directory(folder)
+    lock = FileLock(path)
+
+    def acquire() -> bool:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise atomic.unwritable(path, error) from error
+        return True
+
+    told = False
+    while not processes.broadcast(acquire() if processes.is_main() else True):
+        if not told and processes.is_main():
+            print(f"isim: waiting for another run of {name} to end ({path})", file=sys.stderr)
+        told = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start(word: str, root: Path, *arguments: str) -> None:
+    """Run the stage `word` of a project with its section of params.yaml and, maybe, a label set.
+
+    Raises UserError as the stage; a wrong parameter is told before the stage is imported.
+    """
+    with processes.started(home(root) / ".isim"):
+        params = load(root / "params.yaml")
+        for name in arguments:
+            require_label_set(params, name)
+        if word != "prepare" and (options := launcher.options()):
+            launcher.launch(options, [word.replace("_", "-"), *arguments])
+        # A wrong one is told at once, not by the first dCRF after hours.
+        kernels.crf_backend()
+        # What the stage reads is then what its identity is made of.
+        with alone("-".join((word, *arguments)), home(root) / ".isim"):
+            with memory.uncollected():
+                stage: Any = importlib.import_module(f"isim.stages.{word}")
+            gc.freeze()
+            stage.run(getattr(params, word), *arguments, root)
+
+
+def require_label_set(params: Params, name: str) -> None:
+    """Check that `label_sets` of the parameters has this one. Raises UserError if not."""
+    known = [entry.name for entry in params.label_sets]
+    if name not in known:
+        raise UserError(
+            f"no label set '{name}' in params.yaml; label_sets has {', '.join(known) or 'none'}"
+        )

@@ -1,0 +1,41 @@
+"""Checkpoints that are none, and what all networks are tried out with."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.networks import config_of, module_of
+
+from isim.errors import UserError
+from isim.models import common
+
+KINDS = {"cam": "train-cam", "deeplabv2": "train-segmenter", "affinity": "train-affinity"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_no_checkpoint_is_refused(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+
+    def check():
+        with pytest.raises(UserError, match=f"{path} is .* run `isim {KINDS[name]}` first"):
+            module_of(config_of(name)).load(path)
+
+    check()
+    path.write_bytes(b"nothing")
+    check()
+    save_file({"weight": torch.zeros(1)}, path)
+    check()
+    for other in KINDS.keys() - {name}:
+        common.save(path, torch.nn.Linear(1, 1), config_of(other))
+        check()
+
+
+def test_a_reason_is_one_line():
+    assert common.reason(ValueError("first\nsecond")) == "first"
+    assert common.reason(AssertionError()) == "AssertionError"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_full_precision_is_kept_under_autocast(device):
+    ones = torch.ones(2, 2, device=device)
+    with torch.autocast("cpu", torch.bfloat16), common.full_precision(ones.device):
+        assert (ones @ ones).dtype == torch.float32

@@ -1,0 +1,79 @@
+"""The result table: percent, blanks, columns, and reports that are missing or damaged."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from isim.errors import UserError
+from isim.reporting import results
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+ROUNDS, FINAL, WALK = "train_cam/rounds.csv", "evaluate/metrics.json", "random_walk/metrics.json"
+HEADER = "round,epoch,cam_miou,pseudo_label_miou,masked_share,seconds,images_per_second\n"
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function that writes reports, by path, and returns the table."""
+    shutil.copy(PARAMS, tmp_path)
+
+    def write(reports):
+        for name, text in ({ROUNDS: HEADER, FINAL: "{}"} | reports).items():
+            path = tmp_path / "reports" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return results.table(tmp_path)
+
+    return write
+
+
+def cells(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def test_results_are_in_percent(table):
+    rounds = HEADER + "1,5,0.31234,0.4,0.1,12.34,9\n2,15,0.456,nan,0,11,9\n"
+    final = '{"train": {"cam_miou": 0.5, "cam_miou_oracle": 0.625, "cam_crf_miou": null},'
+    text = table({ROUNDS: rounds, FINAL: final + ' "round_01": {"pseudo_label_miou": 0.4}}'})
+    for row in ("1 5 31.2 40.0 12.3", "2 15 45.6 - 11.0", "train 50.0 62.5 -"):
+        assert row.split() in cells(text)
+    assert "round_01" not in text and "make ui" in text
+
+
+def test_results_show_the_random_walk_where_there_is_one(table):
+    assert "random walk, %" not in table({})
+    walk = '{"precision": "fp32", "map_stride": 8, "val": {"walk_miou": null},'
+    text = table({WALK: walk + ' "train": {"walk_miou": 0.7425, "walk_crf_miou": 0.7483}}'})
+    assert ["train", "74.2", "74.8"] in cells(text) and ["val", "-", "-"] in cells(text)
+
+
+def test_columns_of_the_segmenters_are_below_their_heads(table):
+    names = ("last_round", "random_walk_crf")
+    splits = '"splits": {"val": {"miou": 0.1, "crf_miou": 0.5}}'
+    text = table(
+        {
+            f"train_segmenter/{name}/metrics.json": f'{{"label_set": "{name}", {splits}}}'
+            for name in names
+        }
+    )
+    lines = text.partition("mIoU of the segmenters, %\n")[2].splitlines()[:3]
+    assert [line.split()[0] for line in lines] == ["trained", *names]
+    words = ("split", "val", "val")
+    assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
+    assert len(set(map(len, lines))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (ROUNDS, "round,epoch\n1,5\n"),
+        (ROUNDS, HEADER + "1,5,a,b,0,1,1\n"),
+        (FINAL, "{"),
+        (FINAL, '{"val": 1}'),
+        (WALK, '{"train": {"images": 4}}'),
+    ],
+)
+def test_damaged_reports_are_an_error_of_one_line(name, text, table):
+    with pytest.raises(UserError, match=rf"\A.*{name}.*damaged.*dvc repro.*\Z"):
+        table({name: text})

@@ -1,0 +1,195 @@
+"""What a stage records, and what it loses with the store: nothing that matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from isim.errors import UserError
+from isim.experiments import preset
+from isim.reporting import tracking
+from isim.runtime import processes
+from isim.runtime.identity import md5
+
+PIXELS = np.zeros((4, 4, 3), np.uint8)
+
+
+def test_the_histories_of_two_executions_can_be_compared(tracked):
+    expected = {}
+    for seed, gain in ((1, 0.1), (2, 0.05)):
+        text = preset.text("tiny").replace("seed: 0", f"seed: {seed}")
+        (tracked.root / "params.yaml").write_text(text)
+        expected[str(seed)] = [(number, 0.3 + gain * number) for number in (1, 2, 3)]
+        with tracked.open(seed=seed) as run:
+            for number, miou in expected[str(seed)]:
+                run.metrics({"cam_miou": miou, "pseudo_label_miou": 0.4}, step=number)
+            run.headline({"cam_miou": miou, "seconds": 1.0})
+    children, parents = (tracked.runs(stage=name) for name in ("train_cam", "pipeline"))
+    found = {
+        run.data.params["train_cam.seed"]: tracked.history(run.info.run_id, "cam_miou")
+        for run in children
+    }
+    # The headline adds no point to the curve, but figures that have none.
+    assert found == expected
+    assert {run.data.metrics["seconds"] for run in children} == {1.0}
+    ids = [run.info.run_id for run in parents]
+    assert [run.data.tags["mlflow.parentRunId"] for run in children] == ids and len(set(ids)) == 2
+    board = {p.data.params["train_cam.seed"]: p.data.metrics["train_cam.cam_miou"] for p in parents}
+    assert board == pytest.approx({"1": 0.6, "2": 0.45})
+
+
+def test_a_killed_stage_continues_its_run_without_doubling_steps(tracked):
+    script = """
+import os, signal, sys, numpy
+from pathlib import Path
+from isim import params
+from isim.reporting import tracking
+root = Path(sys.argv[1])
+section = params.load(root / "params.yaml").train_cam
+with tracking.stage_run("train_cam", section, root, inputs={}, identity="a") as run:
+    for epoch in (1, 2, 3):
+        run.metrics({"loss": 1 / epoch}, step=epoch)
+    for key in ("pictures/a_1", "pictures/狐"):
+        run.image(key, numpy.zeros((4, 4, 3), numpy.uint8), step=1)
+    run.table("per_class", [{"round": 1}])
+    run.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", script, str(tracked.root)]
+    assert subprocess.call(command) == -signal.SIGKILL
+    (killed,) = tracked.runs(stage="train_cam")
+    assert killed.info.status == "RUNNING"
+    # Another stage notices that the process is gone.
+    with tracked.open("prepare"):
+        assert tracked.runs(stage="train_cam")[0].info.status == "KILLED"
+    with tracked.open() as run:
+        assert run.resumed and run.run_id == killed.info.run_id
+        # The checkpoint was of epoch 2: epoch 3 and the round's pictures come again.
+        for epoch in (3, 4):
+            run.metrics({"loss": 1 / epoch}, step=epoch)
+        for key, number in (("a_1", 1), ("狐", 1), ("鴨", 1), ("a_1", 2)):
+            run.image(f"pictures/{key}", PIXELS, step=number)
+        run.table("per_class", [{"round": 1}, {"round": 2}])
+    assert tracked.client.get_run(run.run_id).info.status == "FINISHED"
+    assert tracked.history(run.run_id, "loss") == [(n, 1 / n) for n in (1, 2, 3, 4)]
+    images = [f.path for f in tracked.client.list_artifacts(run.run_id, "images")]
+    # Names in any script are pictures of their own.
+    assert sum(path.endswith(".png") for path in images) == 4
+    assert tracked.table(run, "per_class")["data"] == [[1], [2]]
+
+
+@pytest.mark.parametrize("error", [UserError("x"), SystemExit(143), KeyboardInterrupt()])
+def test_no_run_stays_running(tracked, error):
+    status = "FAILED" if isinstance(error, Exception) else "KILLED"
+    tracked.run(act=lambda run: run.metrics({"loss": 2.0}, step=1), error=error)
+    (parent,) = tracked.runs(stage="pipeline")
+    (child,) = tracked.runs(stage="train_cam")
+    assert (child.info.status, parent.info.status) == (status, status)
+    assert tracked.history(child.info.run_id, "loss") == [(1, 2.0)]
+    # The next stage reopens the parent.
+    with tracked.open("prepare"):
+        assert tracked.runs(stage="pipeline")[0].info.status == "RUNNING"
+    assert tracked.runs(stage="pipeline")[0].info.status == "FINISHED"
+
+
+def test_tables_and_figures_survive_nan(tracked):
+    with tracked.open() as run:
+        run.metrics({"miou": float("nan")}, step=1)
+        run.table("per_class", [{"class": "duck", "iou": float("nan")}])
+        run.table("per_class", [{"class": "duck", "iou": float("inf")}, {"class": "fox", "iou": 1}])
+    expected = {"columns": ["class", "iou"], "data": [["duck", None], ["fox", 1]]}
+    assert tracked.table(run, "per_class") == expected
+    assert len(tracked.history(run.run_id, "miou")) == 1
+    tags = tracked.client.get_run(run.run_id).data.tags
+    known = json.loads(tags["mlflow.loggedArtifacts"])
+    assert known == [{"path": "per_class.json", "type": "table"}]
+
+
+def test_the_registry_points_to_weights_of_dvc(tracked):
+    weights = tracked.root / "models/model.safetensors"
+    weights.parent.mkdir()
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        run = tracked.run(act=lambda run: run.register_model("cam", weights))
+    version = tracked.client.get_model_version_by_alias("cam", "current")
+    assert (int(version.version), version.run_id) == (2, run.run_id)
+    assert version.source == "dvc:/models/model.safetensors"
+    assert version.tags["md5"] == md5(weights)
+
+
+def test_a_server_lost_on_the_way_is_one_warning(tracked, serve, free_port, monkeypatch, caplog):
+    command = f"-m mlflow server --workers 1 --host 127.0.0.1 --port {free_port}"
+    uri = ["--backend-store-uri", f"sqlite:///{tracked.root}/mlflow.db"]
+    server = serve([sys.executable, *command.split(), *uri], os.environ)
+    address = f"http://127.0.0.1:{free_port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    weights = tracked.root / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with tracked.open() as run:
+        run.metrics({"loss": 0.5}, step=1)
+        # Names of a user's own files.
+        run.image("pictures/Ä (1)", PIXELS, step=1)
+        run.table("per_class", [{"class": "duck", "iou": 0.5}])
+        run.register_model("cam", weights)
+        run.flush()
+        assert not caplog.records
+        client = MlflowClient(address)
+        assert client.get_run(run.run_id).data.metrics == {"loss": 0.5}
+        assert client.get_model_version_by_alias("cam", "current").run_id == run.run_id
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        for epoch in range(2, 50):
+            run.metrics({"loss": 1 / epoch}, step=epoch)
+            run.flush()
+            run.image("pictures/a", PIXELS, step=epoch)
+        run.headline({"cam_miou": 0.5})
+    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "MLflow is lost" in told and "reports/train_cam" in told
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_store_gets_lost_figures_if_it_was_not_silent(silent, tracked, monkeypatch, caplog):
+    def lost(*_arguments, **_options):
+        raise OSError("lost")
+
+    monkeypatch.setattr(tracking, "SILENT_SECONDS", 0.0 if silent else 1.0)
+    with tracked.open() as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(run._client, "log_batch", lost)
+            run.metrics({"loss": 0.5}, step=1)
+            run.flush()
+        run.metrics({"loss": 0.25}, step=2)
+        run.headline({"miou": 0.5})
+    assert len(caplog.records) == 1
+    status = tracked.client.get_run(run.run_id).info.status
+    assert status == ("RUNNING" if silent else "FINISHED")
+    assert tracked.history(run.run_id, "loss") == ([] if silent else [(1, 0.5), (2, 0.25)])
+    (parent,) = tracked.runs(stage="pipeline")
+    assert parent.data.metrics == ({} if silent else {"train_cam.miou": 0.5})
+
+
+def test_only_the_first_process_is_tracked(tracked, free_port, monkeypatch):
+    monkeypatch.setattr(processes, "_group", processes._Group(rank=1, world=2))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    with tracked.open() as run:
+        run.metrics({"a": 1.0}, step=1)
+        run.headline({"a": 1.0})
+        run.table("t", [{"a": 1}])
+        run.tag("a", "b")
+        run.image("a", PIXELS, step=0)
+        run.artifact_file(tracked.root / "none")
+        run.register_model("m", tracked.root / "none")
+        run.flush()
+
+
+def test_importing_modules_does_not_import_what_they_may_never_need():
+    for modules, later in (("tracking plots", "PIL"), ("pictures results voc_server", "")):
+        names = ", ".join(f"isim.reporting.{module}" for module in modules.split())
+        script = f"import sys, {names}; print(*sys.modules)"
+        imported = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+        assert not {"matplotlib", "mlflow", "torch", *later.split()} & set(imported)
