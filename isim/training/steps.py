@@ -4,6 +4,7 @@ A step is told when an epoch begins, turns each batch into the loss that is mini
 the epoch's figures beside the mean losses. What trains with it is `loop.epochs`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,25 +47,25 @@ class Schedule(NamedTuple):
     rates: str
 
 
-class Step:
+class Step(ABC):
     """A training, as `loop.epochs` knows it: of a network, by a stage's section."""
 
     schedule: Schedule
 
-    def begin(self, epoch: int) -> None:
-        """Prepare for an epoch, 1-based: nothing, where all epochs are alike."""
+    def begin(self, epoch: int) -> None:  # noqa: B027 - nothing, where all epochs are alike
+        """Prepare for an epoch, 1-based."""
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Loss:
         """Compute the loss of this process's share of a batch."""
-        raise NotImplementedError
 
     def figures(self, rate: float) -> dict[str, float]:
         """Return the epoch's figures beside the mean terms; `rate` is the encoder's at its end."""
         return {}
 
+    @abstractmethod
     def tell(self, row: dict[str, Any]) -> str:
         """Put an epoch's row into words."""
-        raise NotImplementedError
 
 
 class CamStep(Step):
