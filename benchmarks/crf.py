@@ -4,6 +4,12 @@ Both start from the same seeds (21 labels: probabilities): blurred ground truth 
 about as coarse as CAMs. Timed are whole calls of `refine` and `refine_soft` by one thread, in turn.
 Fidelity, over all images: share of pixels whose labels agree, in the mean and of the worst image,
 and the largest difference of a probability.
+
+Printed besides: which share of a core's rates the steps' pixels need at least. The blur, which
+depends on the image, and the lattices are not counted, but their time is.
+
+    python benchmarks/crf.py
+    ISIM_BENCH_AVX512=0 python benchmarks/crf.py    # as on a CPU with AVX2 alone
 """
 
 import argparse
@@ -98,12 +104,27 @@ def fidelity(samples: list[Sample], settings: Crf) -> str:
     )
 
 
+def shares(samples: list[Sample], settings: Crf) -> str:
+    """Say in words which share of a core's rates the pixels of all samples need.
+
+    A pixel has three vertices in one lattice and six in the other, with a number and a weight
+    each. A step reads and writes one number a label at each, one less where they sum to one.
+    """
+    vertices = settings.steps * sum(each.seed.size for each in samples) * (3 + 6)
+    numbers = len(samples[0].probabilities) - 1
+    action = partial(refine, samples, settings, "compiled")
+    return harness.shares(action, vertices * numbers * 2 * 2, vertices * 8)
+
+
 def main() -> None:
     """Print a row a number of labels."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    flops, moved = harness.peak()
+    print(harness.machine())
+    print(f"a core: {flops / 1e9:.0f} GFLOP/s, {moved / 1e9:.1f} GB/s", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         chosen = harness.items(options.images, Path(folder))
@@ -119,7 +140,9 @@ def main() -> None:
                 fidelity(samples, settings),
             )
             sides = (partial(refine, samples, settings, by) for by in ("pydensecrf", "compiled"))
-            rows.append(harness.compare(case, *sides, units=len(samples), repeats=options.repeats))
+            found = harness.compare(case, *sides, units=len(samples), repeats=options.repeats)
+            print(f"{case.part}: {shares(samples, settings)}", flush=True)
+            rows.append(found)
     harness.report(rows)
 
 

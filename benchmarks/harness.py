@@ -2,14 +2,21 @@
 
 A shared machine's seconds say little: two sides run in turn, and the result is the median of the
 ratios of neighbouring runs, with the smallest and the largest beside it.
+
+`ISIM_BENCH_AVX512=0` lets all of them run as on a CPU with AVX2 alone.
 """
 
 import contextlib
+import ctypes
+import functools
 import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -80,11 +87,22 @@ def compare(
         reference: The straightforward way.
         candidate: Ours.
         units: Images, or what else one call works through; seconds are divided by it.
-        repeats: Counted runs of each.
+        repeats: Counted runs of each, fewer where `rounds` ends before.
     """
     reference(), candidate()
-    pairs = [(seconds(reference) / units, seconds(candidate) / units) for _ in range(repeats)]
+    pairs = [(seconds(reference) / units, seconds(candidate) / units) for _ in rounds(repeats)]
     return row(case, [slow for slow, _ in pairs], [fast for _, fast in pairs])
+
+
+def rounds(most: int) -> Iterator[int]:
+    """Count to `most`; from the second round on only while `make bench` has time left."""
+    until = float(os.environ.get("ISIM_BENCH_UNTIL", "inf"))
+    start = time.monotonic()
+    for number in range(most):
+        now = time.monotonic()
+        if number and now + (now - start) / number > until:
+            return
+        yield number
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -157,13 +175,81 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def without_avx512() -> None:
+    """Let torch and the kernels run as on a CPU with AVX2 and neither AVX-512 nor bf16.
+
+    Call it before torch computes anything.
+    """
+    import torch
+
+    compiler = os.environ.get("CXX") or "g++"
+    os.environ |= {
+        "CXX": compiler if "-mno-avx512f" in compiler else f"{compiler} -mno-avx512f",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+    # Asked by isim, which chooses the precision by it.
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+
+
+if os.environ.get("ISIM_BENCH_AVX512") == "0":
+    without_avx512()
+
+
+def instruction_sets() -> str:
+    """Name the vectors that torch's CPU operations use, and bf16 where `auto` chooses it."""
+    import torch
+
+    from isim.runtime import devices
+
+    vectors = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    bf16 = devices.resolve_precision("auto", torch.device("cpu")) == "bf16"
+    return f"{vectors} + bf16" if bf16 else vectors
+
+
+@functools.cache
+def peak() -> tuple[float, float]:
+    """Measure what a core reaches: multiply-adds, in FLOP/s, and a copy of memory, in bytes/s."""
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    flags = ("-O3", "-march=native", "-fPIC", "-shared")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "peak.so"
+        source = Path(__file__).parent / "peak.cpp"
+        subprocess.run([*compiler, *flags, str(source), "-o", str(built)], check=True)
+        library = ctypes.CDLL(str(built))
+    library.flops.restype = library.bytes.restype = ctypes.c_double
+    return library.flops(), library.bytes()
+
+
+def shares(action: Callable[[], object], flops: float, moved: float) -> str:
+    """Put into words how much of what a core reaches an action needs.
+
+    By CPU seconds, the least of three runs, which neighbours disturb less than wall time.
+
+    Args:
+        action: Runs on any number of this process's threads.
+        flops: Floating-point operations of it.
+        moved: Bytes that it must read and write at least, outside the caches.
+    """
+    taken = []
+    for _ in rounds(3):
+        start = time.process_time()
+        action()
+        taken.append(time.process_time() - start)
+    done = (flops / min(taken), moved / min(taken))
+    arithmetic, memory = (100 * rate / most for rate, most in zip(done, peak(), strict=True))
+    return f"{arithmetic:.0f} % of the multiply-adds, {memory:.0f} % of the memory"
+
+
 def machine() -> str:
-    """Processor and versions, one line."""
+    """Processor, instruction sets and versions, one line."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     cpus = f"{len(os.sched_getaffinity(0))} cores of {next(names, platform.machine())}"
+    cpus += f" ({instruction_sets()})"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpus}{gpu}, torch {torch.__version__}, Python {platform.python_version()}"
 

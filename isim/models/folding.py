@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.hooks import RemovableHandle
 
+from isim.models.cam import CamNetwork
 from isim.models.common import PROBE
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -42,7 +43,9 @@ def for_inference(
     A batch normalisation whose input is a convolution's output becomes part of its weights. On
     the CPU an activation that follows is computed as the convolution's result is written. With a
     reduced `dtype` the weights of these convolutions are stored in it, as autocast would cast
-    them at every call.
+    them at every call. Where the classifier of CAMs reads a convolution's result as it is, both
+    become one, in full precision, and the encoder's last map holds the scores of the classes: of
+    MobileNetV2 that saves a twelfth of the time.
 
     What feeds what is seen by running the network once on a small random image, and the copy
     must give the same there; where it does not (a result that is used twice, say), the copy is
@@ -59,13 +62,14 @@ def for_inference(
     probe = probe.contiguous(memory_format=torch.channels_last)
     # Not inference mode, whose tensors do not count what changes them.
     with torch.no_grad():
-        chains = _chains(folded, lambda: run(folded, probe))
+        chains, last = _chains(folded, lambda: run(folded, probe))
     fuses = device.type == "cpu" and torch.backends.mkldnn.is_available()
     if dtype != torch.float32:
         fuses = fuses and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     places: dict[nn.Module, nn.Module] = {}
     for chain in chains:
         places |= _folded(*chain, fuses=fuses)
+    scoring = _scoring(folded, last, places) if fuses else None
     for parent in list(folded.modules()):
         for name, child in list(parent.named_children()):
             if child in places:
@@ -75,12 +79,16 @@ def for_inference(
     if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         return plain
     for convolution, *_ in chains:
-        places[convolution].to(dtype)
+        if places[convolution] is not scoring:
+            places[convolution].to(dtype)
     return folded
 
 
-def _chains(network: nn.Module, run: Callable[[], Tensor]) -> list[_Chain]:
-    """Find the modules that feed each other in a run, each run once."""
+def _chains(network: nn.Module, run: Callable[[], Tensor]) -> tuple[list[_Chain], _Chain]:
+    """Find the modules that feed each other in a run, each run once.
+
+    The second is the one of them that makes the last map of the network's encoder, or nothing.
+    """
     runs: Counter[nn.Module] = Counter()
     given: dict[nn.Module, _Chain] = {}
     # Tensors by their id, and how often each had been changed in place, to what has made them.
@@ -102,7 +110,14 @@ def _chains(network: nn.Module, run: Callable[[], Tensor]) -> list[_Chain]:
         makers[id(made), made._version] = chain
         kept.append(made)
 
+    ends: list[_Chain] = []
+
+    def leave(_: nn.Module, __: tuple[Tensor, ...], maps: Sequence[Tensor]) -> None:
+        ends.append(makers.get((id(maps[-1]), maps[-1]._version), ()))
+
     hooks: list[RemovableHandle] = []
+    if isinstance(network, CamNetwork):
+        hooks.append(network.encoder.register_forward_hook(leave))
     for module in network.modules():
         if isinstance(module, _BatchNorm) or type(module) in (nn.Conv2d, *_ACTIVATIONS):
             hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
@@ -110,7 +125,34 @@ def _chains(network: nn.Module, run: Callable[[], Tensor]) -> list[_Chain]:
     for hook in hooks:
         hook.remove()
     once = (tuple(takewhile(lambda m: runs[m] == 1, chain)) for chain in chains.values())
-    return [chain for chain in once if len(chain) > 1]
+    found = [chain for chain in once if len(chain) > 1]
+    return found, ends[0] if ends and ends[0] in found else ()
+
+
+def _scoring(
+    network: nn.Module, last: _Chain, places: dict[nn.Module, nn.Module]
+) -> nn.Module | None:
+    """Let the convolution of the chain `last` compute the classes' scores, where it can.
+
+    Without a decoder nothing but the classifier reads the encoder's last map. Returns what stands
+    in the convolution's place.
+    """
+    if not last or not isinstance(network, CamNetwork) or network.decoder is not None:
+        return None
+    convolution, *others = last
+    linear = all(type(places[module]) is nn.Identity for module in others)
+    classes = len(network.classifier.weight)
+    fused = places[convolution]
+    if not isinstance(fused, FusedConv) or fused.bias is None or fused.activates or not linear:
+        return None
+    if convolution.groups > 1 or classes >= convolution.out_channels:
+        return None
+    with torch.no_grad():
+        weight = network.classifier.weight.flatten(1)  # (K, C)
+        scores = torch.einsum("kc,cdij->kdij", weight, fused.weight)
+        fused.weight, fused.bias = nn.Parameter(scores), nn.Parameter(weight @ fused.bias)
+        network.classifier.weight = nn.Parameter(torch.eye(classes)[..., None, None])
+    return fused
 
 
 def _folded(
@@ -142,6 +184,7 @@ class FusedConv(nn.Module):
         geometry = (convolution.padding, convolution.stride, convolution.dilation)
         self._geometry = (*map(list, geometry), convolution.groups)
         self._activation = (activation, numbers, "")
+        self.activates = activation != "none"
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn (B, C, H, W) into (B, C', H', W') in the weights' dtype."""

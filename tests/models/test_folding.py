@@ -67,6 +67,33 @@ def test_reduced_precision_is_no_less_exact_than_autocast():
     assert 0 < error < 1.2 * (plain - exact).abs().mean()
 
 
+@pytest.mark.parametrize(
+    ("method", "encoder", "composed"),
+    [
+        ("cam", "mobilenetv2_100", True),
+        ("cam", "resnet10t", False),  # a ReLU lies between
+        ("deeplabcam", "mobilenetv2_100", False),  # the decoder reads the map, too
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_convolution_and_the_classifier_become_one(method, encoder, composed, dtype):
+    network = randomise(network_of(method, encoder=encoder))
+    nn.init.normal_(network.classifier.weight)
+    folded = for_inference(network, every, CPU, dtype)
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    with torch.inference_mode():
+        exact = every(network, PIXELS)
+        with devices.autocast(precision, CPU):
+            plain, found = every(network, PIXELS), every(folded, PIXELS)
+            last = folded.encoder(PIXELS)[-1]
+    assert (last.shape[1] == len(network.classifier.weight)) == composed
+    error = float((found - exact).abs().mean())
+    if dtype == torch.float32:
+        assert error < 1e-5 * float(exact.abs().max())
+    else:
+        assert 0 < error < 1.2 * (plain - exact).abs().mean()
+
+
 class Chain(nn.Module):
     """A convolution, what follows it, and how its result is used."""
 

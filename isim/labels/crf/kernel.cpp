@@ -31,10 +31,15 @@
 
 namespace {
 
-// Pixels of a block: one vector of floats each vertex.
+// Pixels of a block: each vertex's numbers fill one of the processor's vectors. Wider ones, which
+// the compiler would have to make of several, take 1.3 to 1.5 times as long.
+#ifdef __AVX512F__
 constexpr int B = 16;
-typedef float V16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
+#else
+constexpr int B = 8;
+#endif
+typedef float Block __attribute__((vector_size(4 * B)));
+typedef int32_t BlockInts __attribute__((vector_size(4 * B)));
 typedef float V8 __attribute__((vector_size(32)));
 typedef float V4 __attribute__((vector_size(16)));
 
@@ -66,11 +71,11 @@ template <class T> class Buffer {
     size_t size_ = 0;
 };
 
-V16 gather(const float *values, const int32_t *ids) {
+Block gather(const float *values, const int32_t *ids) {
 #ifdef __AVX512F__
-    return (V16)_mm512_i32gather_ps(_mm512_load_si512(ids), values, 4);
+    return (Block)_mm512_i32gather_ps(_mm512_load_si512(ids), values, 4);
 #else
-    V16 found;
+    Block found;
     for (int l = 0; l < B; ++l) found[l] = values[ids[l]];
     return found;
 #endif
@@ -103,10 +108,12 @@ template <class Half, class V> inline Half half_of(V x, int which) {
     return found;
 }
 inline float sum_of(V8 x) { return sum_of(half_of<V4>(x, 0) + half_of<V4>(x, 1)); }
-inline float sum_of(V16 x) { return sum_of(half_of<V8>(x, 0) + half_of<V8>(x, 1)); }
 template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
 inline float max_of(V8 x) { return max_of(larger(half_of<V4>(x, 0), half_of<V4>(x, 1))); }
-inline float max_of(V16 x) { return max_of(larger(half_of<V8>(x, 0), half_of<V8>(x, 1))); }
+#ifdef __AVX512F__
+inline float sum_of(Block x) { return sum_of(half_of<V8>(x, 0) + half_of<V8>(x, 1)); }
+inline float max_of(Block x) { return max_of(larger(half_of<V8>(x, 0), half_of<V8>(x, 1))); }
+#endif
 
 // C numbers of one pixel or vertex, in registers: `most` vectors of type V, and one of four.
 template <class V, int MOST, bool FOUR> struct Numbers {
@@ -206,6 +213,12 @@ template <int D> class Lattice {
             const int32_t *before = before_.get() + axis * pitch_;
             const int32_t *after = after_.get() + axis * pitch_;
             for (int64_t i = 0; i <= count; ++i) {
+                // Neighbours lie anywhere, and a row of many numbers is not in the cache.
+                for (const float *ahead : {from + (int64_t)before[i + AHEAD] * N::C,
+                                           from + (int64_t)after[i + AHEAD] * N::C}) {
+                    __builtin_prefetch(ahead);
+                    if (N::C > 4) __builtin_prefetch(ahead + N::C - 1);
+                }
                 const N one = N::load(from + (int64_t)before[i] * N::C);
                 const N two = N::load(from + (int64_t)after[i] * N::C);
                 const N own = N::load(from + i * N::C);
@@ -222,7 +235,7 @@ template <int D> class Lattice {
             const int32_t *before = before_.get() + axis * pitch_;
             const int32_t *after = after_.get() + axis * pitch_;
             for (int64_t i = 0; i <= count; i += B) {
-                V16 both = gather(from, before + i) + gather(from, after + i), own;
+                Block both = gather(from, before + i) + gather(from, after + i), own;
                 std::memcpy(&own, from + i, sizeof own);
                 own += .5f * both;
                 std::memcpy(to + i, &own, sizeof own);
@@ -239,10 +252,10 @@ template <int D> class Lattice {
         float *sums = filter_ones(first, second);
         const float factor = std::sqrt(compat * out);
         for (int64_t b = 0; b < blocks; ++b) {
-            V16 total = slice(sums, b);
-            V16 scale;
+            Block total = slice(sums, b);
+            Block scale;
             for (int l = 0; l < B; ++l) scale[l] = factor / std::sqrt(total[l] * out + TINY);
-            V16 *w = (V16 *)weights + b * (D + 1);
+            Block *w = (Block *)weights + b * (D + 1);
             for (int v = 0; v <= D; ++v) w[v] *= scale;
         }
     }
@@ -251,23 +264,23 @@ template <int D> class Lattice {
     float *filter_ones(Buffer<float> &first, Buffer<float> &second) const {
         float *from = first.need(count + 1 + B), *to = second.need(count + 1 + B);
         std::memset(from, 0, (count + 1 + B) * sizeof(float));
-        const V16 one = V16{} + 1.f;
+        const Block one = Block{} + 1.f;
         for (int64_t b = 0; b < blocks; ++b) splat(from, b, one);
         return blur(from, to);
     }
 
-    V16 slice(const float *values, int64_t block) const {
+    Block slice(const float *values, int64_t block) const {
         const int32_t *id = ids + block * (D + 1) * B;
-        const V16 *w = (const V16 *)weights + block * (D + 1);
-        V16 sum = w[0] * gather(values, id);
+        const Block *w = (const Block *)weights + block * (D + 1);
+        Block sum = w[0] * gather(values, id);
         for (int v = 1; v <= D; ++v) sum += w[v] * gather(values, id + v * B);
         return sum;
     }
 
-    void splat(float *values, int64_t block, V16 what) const {
+    void splat(float *values, int64_t block, Block what) const {
         const int32_t *id = ids + block * (D + 1) * B;
-        const V16 *w = (const V16 *)weights + block * (D + 1);
-        V16 parts[D + 1];
+        const Block *w = (const Block *)weights + block * (D + 1);
+        Block parts[D + 1];
         for (int v = 0; v <= D; ++v) parts[v] = w[v] * what;
         const float *part = (const float *)parts;
         for (int l = 0; l < B; ++l)
@@ -293,6 +306,8 @@ template <int D> class Lattice {
     }
 
   private:
+    // By how many vertices the blur fetches neighbours before it needs them.
+    static constexpr int AHEAD = 16;
     Buffer<int32_t> ids_, before_, after_;
     Buffer<float> weights_;
     Buffer<uint64_t> keys_;
@@ -416,51 +431,51 @@ template <int D> class Lattice {
     void simplices(int64_t block, int64_t pixels, Feature feature, uint64_t *keys) {
         float scale[D];
         scales(scale);
-        V16 elevated[D + 1], features[D];
+        Block elevated[D + 1], features[D];
         feature(block, features);
         const int64_t rest = pixels - block * B;
         for (int l = (int)std::min<int64_t>(rest, B); l < B; ++l)
             for (int i = 0; i < D; ++i) features[i][l] = 0;
-        V16 sum = {};
+        Block sum = {};
         for (int i = D; i > 0; --i) {
-            V16 own = features[i - 1] * scale[i - 1];
+            Block own = features[i - 1] * scale[i - 1];
             elevated[i] = sum - (float)i * own;
             sum += own;
         }
         elevated[0] = sum;
 
         // The closest point whose coordinates are multiples of D + 1: `multiple` times D + 1.
-        I16 multiple[D + 1], rank[D + 1], excess = {};
-        V16 delta[D + 1];
+        BlockInts multiple[D + 1], rank[D + 1], excess = {};
+        Block delta[D + 1];
         for (int i = 0; i <= D; ++i) {
-            V16 near = elevated[i] * (1.f / (D + 1));
+            Block near = elevated[i] * (1.f / (D + 1));
             for (int l = 0; l < B; ++l) near[l] = __builtin_rintf(near[l]);
-            multiple[i] = __builtin_convertvector(near, I16);
+            multiple[i] = __builtin_convertvector(near, BlockInts);
             delta[i] = elevated[i] - near * (float)(D + 1);
             excess += multiple[i];
-            rank[i] = I16{};
+            rank[i] = BlockInts{};
         }
         for (int i = 0; i < D; ++i)
             for (int j = i + 1; j <= D; ++j) {
-                I16 less = delta[i] < delta[j];  // -1 where true
+                BlockInts less = delta[i] < delta[j];  // -1 where true
                 rank[i] -= less;
                 rank[j] += less + 1;
             }
         // Its coordinates must sum to zero.
         for (int i = 0; i <= D; ++i) {
             rank[i] += excess;
-            I16 low = rank[i] < 0, high = rank[i] > D;
+            BlockInts low = rank[i] < 0, high = rank[i] > D;
             multiple[i] += high - low;
-            delta[i] -= __builtin_convertvector(high - low, V16) * (float)(D + 1);
+            delta[i] -= __builtin_convertvector(high - low, Block) * (float)(D + 1);
             rank[i] += (high - low) * (D + 1);
         }
-        V16 sorted[D + 1];
+        Block sorted[D + 1];
         for (int r = 0; r <= D; ++r) {
-            I16 bits = {};
-            for (int i = 0; i <= D; ++i) bits |= (rank[i] == r) & (I16)delta[i];
-            sorted[r] = (V16)bits * (1.f / (D + 1));
+            BlockInts bits = {};
+            for (int i = 0; i <= D; ++i) bits |= (rank[i] == r) & (BlockInts)delta[i];
+            sorted[r] = (Block)bits * (1.f / (D + 1));
         }
-        V16 *w = (V16 *)weights + block * (D + 1);
+        Block *w = (Block *)weights + block * (D + 1);
         w[0] = sorted[D] + 1.f - sorted[0];
         for (int k = 1; k <= D; ++k) w[k] = sorted[D - k] - sorted[D + 1 - k];
         for (int l = (int)std::min<int64_t>(rest, B); l < B; ++l)
@@ -481,7 +496,7 @@ template <int D> class Lattice {
 
     // Neighbours of every vertex along every axis.
     template <class Entry> void connect() {
-        pitch_ = (count + 1 + B - 1) / B * B;
+        pitch_ = (count + AHEAD + 1 + B - 1) / B * B;
         int32_t *before = before_.need((D + 1) * pitch_), *after = after_.need((D + 1) * pitch_);
         std::memset(before, 0, (D + 1) * pitch_ * sizeof(int32_t));
         std::memset(after, 0, (D + 1) * pitch_ * sizeof(int32_t));
@@ -537,7 +552,7 @@ bool prepare(Workspace &work, const Problem &problem, float gaussian_sxy, float 
              float sxy, float srgb, float compat) {
     const int64_t pixels = (int64_t)problem.height * problem.width;
     const int width = problem.width;
-    auto place = [width](int64_t block, float sxy, V16 *x, V16 *y) {
+    auto place = [width](int64_t block, float sxy, Block *x, Block *y) {
         int64_t p = block * B;
         int row = (int)(p / width), column = (int)(p % width);
         for (int l = 0; l < B; ++l) {
@@ -551,7 +566,7 @@ bool prepare(Workspace &work, const Problem &problem, float gaussian_sxy, float 
         work.height = 0;
         const float scale = 1 / gaussian_sxy;
         const float limits[2] = {width * scale, problem.height * scale};
-        auto feature = [&](int64_t block, V16 *f) { place(block, gaussian_sxy, &f[0], &f[1]); };
+        auto feature = [&](int64_t block, Block *f) { place(block, gaussian_sxy, &f[0], &f[1]); };
         if (!work.space.build(pixels, limits, feature)) return false;
         work.space.normalise(gaussian_compat, work.values[0], work.values[1]);
         work.height = problem.height;
@@ -563,14 +578,14 @@ bool prepare(Workspace &work, const Problem &problem, float gaussian_sxy, float 
     const float most = 255 * colour;
     const float limits[5] = {width * scale, problem.height * scale, most, most, most};
     const uint8_t *image = problem.image;
-    auto feature = [&](int64_t block, V16 *f) {
+    auto feature = [&](int64_t block, Block *f) {
         place(block, sxy, &f[0], &f[1]);
         const int64_t p = block * B;
         const int lanes = (int)std::min<int64_t>(B, pixels - p);
         alignas(64) float channel[3][B] = {};
         for (int l = 0; l < lanes; ++l)
             for (int c = 0; c < 3; ++c) channel[c][l] = image[3 * (p + l) + c] / srgb;
-        for (int c = 0; c < 3; ++c) f[2 + c] = *(V16 *)channel[c];
+        for (int c = 0; c < 3; ++c) f[2 + c] = *(Block *)channel[c];
     };
     if (!work.colour.build(pixels, limits, feature)) return false;
     work.colour.normalise(compat, work.values[0], work.values[1]);
@@ -598,10 +613,10 @@ void infer_two(Workspace &work, const Problem &problem) {
             std::memset(into_c, 0, size_c * sizeof(float));
         }
         for (int64_t b = 0; b < blocks; ++b) {
-            V16 d = *(const V16 *)(unary + b * B);
+            Block d = *(const Block *)(unary + b * B);
             if (step) d += work.space.slice(blurred_s, b) + work.colour.slice(blurred_c, b);
             // tanh(d / 2)
-            V16 difference = 1.f - 2.f / (exp_of(d) + 1.f);
+            Block difference = 1.f - 2.f / (exp_of(d) + 1.f);
             if (!last) {
                 work.space.splat(into_s, b, difference);
                 work.colour.splat(into_c, b, difference);
@@ -625,8 +640,9 @@ void infer_two(Workspace &work, const Problem &problem) {
 
 
 // The same of each run of C lanes, in all of them.
-template <int C, class F> V16 fold(V16 x, F f) {
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+template <int C, class F> Block fold(Block x, F f) {
+    BlockInts lane;
+    for (int l = 0; l < B; ++l) lane[l] = l;
     for (int far = 1; far < C; far *= 2) x = f(x, __builtin_shuffle(x, lane ^ far));
     return x;
 }
@@ -648,8 +664,8 @@ template <class N> void softmax(float *x, float *rest, bool left_out) {
     } else {
         // As many pixels as a vector holds at once.
         for (int first = 0; first < B; first += B / C) {
-            V16 q = *(V16 *)(x + first * C), other = {};
-            V16 most = fold<C>(q, larger<V16>), sum = {};
+            Block q = *(Block *)(x + first * C), other = {};
+            Block most = fold<C>(q, larger<Block>), sum = {};
             if (left_out) {
                 for (int l = 0; l < B; ++l) other[l] = rest[first + l / C];
                 most = larger(most, other);
@@ -657,8 +673,8 @@ template <class N> void softmax(float *x, float *rest, bool left_out) {
                 sum = other;
             }
             q = exp_of(q - most);
-            sum += fold<C>(q, [](V16 a, V16 b) { return a + b; });
-            *(V16 *)(x + first * C) = q / sum;
+            sum += fold<C>(q, [](Block a, Block b) { return a + b; });
+            *(Block *)(x + first * C) = q / sum;
             if (left_out) {
                 other /= sum;
                 for (int l = 0; l < B / C; ++l) rest[first + l] = other[l * C];
@@ -680,9 +696,9 @@ template <class N> void infer_many(Workspace &work, const Problem &problem) {
     float *rests = work.rests.need(blocks * B), *ones = work.ones.need(blocks * B);
     if (left_out) {
         float *of_s = work.space.filter_ones(work.values[0], work.values[1]);
-        for (int64_t b = 0; b < blocks; ++b) *(V16 *)(ones + b * B) = work.space.slice(of_s, b);
+        for (int64_t b = 0; b < blocks; ++b) *(Block *)(ones + b * B) = work.space.slice(of_s, b);
         float *of_c = work.colour.filter_ones(work.values[0], work.values[1]);
-        for (int64_t b = 0; b < blocks; ++b) *(V16 *)(ones + b * B) += work.colour.slice(of_c, b);
+        for (int64_t b = 0; b < blocks; ++b) *(Block *)(ones + b * B) += work.colour.slice(of_c, b);
         for (int64_t p = 0; p < pixels; ++p)
             rests[p] = !problem.seed ? -problem.energies[filtered * pixels + p]
                        : problem.seed[p] == filtered ? problem.own
@@ -774,12 +790,12 @@ EXPORT int isim_crf(int height, int width, int labels, int steps, const uint8_t 
         else if (labels <= 5) infer_many<Numbers<V4, 1, false>>(work, problem);
         else if (labels <= 9) infer_many<Numbers<V8, 1, false>>(work, problem);
         else if (labels <= 13) infer_many<Numbers<V8, 1, true>>(work, problem);
-        else if (labels <= 17) infer_many<Numbers<V16, 1, false>>(work, problem);
-        else if (labels <= 21) infer_many<Numbers<V16, 1, true>>(work, problem);
-        else if (labels <= 33) infer_many<Numbers<V16, 2, false>>(work, problem);
-        else if (labels <= 65) infer_many<Numbers<V16, 4, false>>(work, problem);
-        else if (labels <= 129) infer_many<Numbers<V16, 8, false>>(work, problem);
-        else infer_many<Numbers<V16, 16, false>>(work, problem);
+        else if (labels <= 17) infer_many<Numbers<Block, 16 / B * 1, false>>(work, problem);
+        else if (labels <= 21) infer_many<Numbers<Block, 16 / B * 1, true>>(work, problem);
+        else if (labels <= 33) infer_many<Numbers<Block, 16 / B * 2, false>>(work, problem);
+        else if (labels <= 65) infer_many<Numbers<Block, 16 / B * 4, false>>(work, problem);
+        else if (labels <= 129) infer_many<Numbers<Block, 16 / B * 8, false>>(work, problem);
+        else infer_many<Numbers<Block, 16 / B * 16, false>>(work, problem);
     } catch (const std::bad_alloc &) {
         work.height = 0;
         return 2;
