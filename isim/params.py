@@ -94,6 +94,64 @@ class Crf(Section):
     bilateral_compat: Rate
 
 
+class Features(Section):
+    """Features of a frozen encoder, computed once an image and kept on disk.
+
+    `sides` are lengths in pixels of the longer side that images are resized to, `stages` how many
+    of the encoder's last maps the heads see.
+    """
+
+    sides: Annotated[tuple[Annotated[int, Field(ge=32, le=4096)], ...], Field(min_length=1)]
+    stages: Annotated[int, Field(ge=1, le=3)]
+
+    @field_validator("sides")
+    @classmethod
+    def _sides_differ(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sides)) < len(sides):
+            raise ValueError("a side is named twice; name each once")
+        return sides
+
+
+class DenseWalk(Section):
+    """Walk along affinities of all pairs of patches; `isim.labels.dense` has the equations."""
+
+    tau: Annotated[float, Field(ge=-1, lt=1)]
+    beta: Width
+    temperature: Width
+    steps: Annotated[int, Field(ge=0, le=100)]
+
+
+DenseAffinity = Literal["cosine", "class_distribution", "attention"]
+Affinity = Literal["net", DenseAffinity]
+
+
+class Head(Section):
+    """Head of a network whose encoder is frozen, trained by AdamW on patches of cached features."""
+
+    kind: Literal["linear", "mlp"]
+    width: Positive
+    dropout: BelowOne
+    batch: Positive
+    steps: Positive
+    rate: Rate
+    weight_decay: Rate
+
+
+class FrozenLoop(Section):
+    """The loop of method `frozen`: a classifier, its walked CAMs, rounds of a head."""
+
+    pooling: Literal["gap", "mil"]
+    classifier_steps: Positive
+    classifier_rate: Rate
+    affinity: Literal["none"] | DenseAffinity
+    threshold: Literal["auto"] | Fraction
+    margin: BelowOne
+    rounds: Annotated[int, Field(ge=0, le=20)]
+    sure: BelowOne
+    crf_every_round: bool
+    head: Head
+
+
 # Spec 3.4: the two profiles that results are named after.
 _BOTH = {"weight_decay": 1e-4, "encoder_rate": 0.1, "classifier_rate": 1.0, "poly_power": 0.9}
 PROFILES = {
@@ -152,7 +210,7 @@ class Training(Section):
     pictures: NonNegative
 
 
-METHODS = ("cam", "deeplabcam", "unetcam_learnable", "unetcam_bilinear")
+METHODS = ("frozen", "cam", "deeplabcam", "unetcam_learnable", "unetcam_bilinear")
 
 
 # Which architectures smp has is known where networks are built: this module stays light.
@@ -193,6 +251,11 @@ class TrainCam(Training):
     scales: Scales
     flip: bool
     threshold: Fraction
+    start: str
+    decoder_labels: bool
+    frozen: FrozenLoop
+    features: Features
+    dense_walk: DenseWalk
     crf: Crf
 
     _warmup_ends = _ordered("warmup_epochs", "epochs", ", or no pseudo-label is ever made")
@@ -203,12 +266,18 @@ class TrainCam(Training):
 
         `isim.training.rounds.due` decides, a layer above this one: a test holds them together.
         """
+        if self.method == "frozen":
+            return max(self.frozen.rounds, 1)
         every = self.round_every if self.round_rule == "frequency" else self.convergence.cap
         return 1 + (self.epochs - 1 - self.warmup_epochs) // every
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         stride = self.output_stride
+        if self.method == "frozen":
+            return self
+        if self.decoder_labels and self.method == "cam":
+            raise ValueError("decoder_labels: method cam has no decoder; use deeplabcam or another")
         if self.method == "deeplabcam" and stride == 32:
             raise ValueError("output_stride 32 is too coarse for deeplabcam; use 16 or 8")
         if self.method != "cam" and self.crop % stride:
@@ -227,7 +296,7 @@ class TrainCam(Training):
 class TrainSegmenter(Training):
     """A segmenter, trained on a label set and tested over scales (paper 4.1.7; spec 7)."""
 
-    method: Literal["deeplabv2", "deeplabv3"]
+    method: Literal["deeplabv2", "deeplabv3", "frozen"]
     eval_splits: Annotated[Splits, AfterValidator(_distinct)]
     allow_decoder_weights: bool
     output_stride: Literal[8, 16]
@@ -237,6 +306,8 @@ class TrainSegmenter(Training):
     scale_max: Scale
     optimizer: Sgd
     threshold: Fraction
+    head: Head
+    features: Features
     test_scales: Scales
     test_flip: bool
     crf_after: bool
@@ -257,12 +328,13 @@ class ExportCams(Section):
 
 
 class TrainAffinity(Sgd, Training):
-    """AffinityNet (paper 4.1.6; spec 6)."""
+    """AffinityNet (paper 4.1.6; spec 6). `affinity` is random_walk's: only `net` needs training."""
 
     stride: Literal[4, 8]
     radius: Annotated[int, Field(ge=2, le=10)]
     foreground_threshold: Fraction
     background_threshold: Fraction
+    affinity: Affinity
     crf: Crf
 
     _planes_differ = _ordered("background_threshold", "foreground_threshold", ": none is sure")
@@ -272,6 +344,8 @@ class RandomWalk(Section):
     """Random walk of the CAMs along affinities (paper 4.1.6; spec 6)."""
 
     splits: Splits
+    affinity: Affinity
+    dense_walk: DenseWalk
     beta: Positive
     steps_log2: Annotated[int, Field(ge=0, le=12)]
     background: Literal["power", "constant"]
@@ -335,39 +409,62 @@ class LabelSet(Section):
         return self
 
 
-# Sections that carry the top level's `crf`; that of `train_segmenter` is its own.
-SHARING_CRF = ("train_cam", "train_affinity", "random_walk", "evaluate")
+# Blocks of the top level, and the sections that carry them; the `crf` of `train_segmenter` is its
+# own.
+SHARED = {
+    "crf": ("train_cam", "train_affinity", "random_walk", "evaluate"),
+    "dense_walk": ("train_cam", "random_walk"),
+}
 
 
 class Params(Section):
     """Content of params.yaml. A stage is handed its own section only.
 
-    `crf` (spec 5, set `labels`) is no stage's, nor is `label_sets`, for which a segmenter is
-    trained each.
+    The blocks of `SHARED` are no stage's (`crf` is spec 5's set `labels`), nor is `label_sets`, for
+    which a segmenter is trained each.
     """
 
     prepare: Prepare
-    # Before the sections that carry it: fields are checked in this order.
+    # Before the sections that carry them: fields are checked in this order.
     crf: Crf
+    dense_walk: DenseWalk
     train_cam: TrainCam
     export_cams: ExportCams
-    train_affinity: TrainAffinity
+    # Before train_affinity, which carries its affinity.
     random_walk: RandomWalk
+    train_affinity: TrainAffinity
     train_segmenter: TrainSegmenter
     evaluate: Evaluate
     label_sets: tuple[LabelSet, ...]
 
-    @field_validator(*SHARING_CRF, mode="before")
+    @field_validator(*dict.fromkeys(sum(SHARED.values(), ())), mode="before")
     @classmethod
-    def _carries_the_crf(cls, section: object, info: ValidationInfo) -> object:
+    def _carries_shared_blocks(cls, section: object, info: ValidationInfo) -> object:
         if not isinstance(section, dict):
             return section
-        if "crf" in section:
-            raise ValueError(
-                f"its crf is the one at the top level of the file; remove {info.field_name}.crf"
-            )
+        for block, carriers in SHARED.items():
+            if info.field_name not in carriers:
+                continue
+            if block in section:
+                raise ValueError(
+                    f"its {block} is the one at the top level of the file; remove "
+                    f"{info.field_name}.{block}"
+                )
+            # One that is wrong was reported in its own place, once.
+            kind: Any = cls.model_fields[block].annotation
+            section = {**section, block: info.data.get(block, kind.model_construct())}
+        return section
+
+    @field_validator("train_affinity", mode="before")
+    @classmethod
+    def _carries_the_affinity(cls, section: object, info: ValidationInfo) -> object:
+        if not isinstance(section, dict):
+            return section
+        if "affinity" in section:
+            raise ValueError("its affinity is random_walk's; remove train_affinity.affinity")
+        walk = info.data.get("random_walk")
         # One that is wrong was reported in its own place, once.
-        return {**section, "crf": info.data.get("crf", Crf.model_construct())}
+        return {**section, "affinity": "net" if walk is None else walk.affinity}
 
     @model_validator(mode="after")
     def _label_sets_are_made(self) -> Self:

@@ -6,6 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ruamel.yaml import YAML
 from support.runs import family, isim, nursery, outs, wait_for, without_times
 
 from isim.runtime.processes import LOST
@@ -124,6 +125,42 @@ def test_all_other_stages_make_what_one_process_makes(frozen, copies, run):
     assert_close_reports(two / "reports", one / "reports")
     assert len(maps(one)) == 32 + 16 + 32 + 16
     assert maps(two) == maps(one)
+
+
+def test_two_processes_make_what_one_makes_on_frozen_encoders(copies, run):
+    """Each image's features are computed once, by one of them."""
+    one, two = copies(), copies()
+    for root in (one, two):
+        put_frozen(root)
+    for step in (
+        {"stage": "train_cam"},
+        {"stage": "export_cams", "changes": FP32},
+        {"stage": "train_segmenter", "arguments": ["last_round"]},
+    ):
+        alone, ranks = run(one, 1, **step), run(two, 2, **step)
+        assert_all_ended(alone + ranks)
+        assert images(ranks) == images(alone), step
+        assert all(rank["images"] for rank in ranks), step
+    assert len(maps(one)) == 2 * 16 + 2 * 8 and maps(two) == maps(one)
+    assert_close_reports(two / "reports", one / "reports")
+    kept = [
+        {p.name: p.read_bytes() for p in root.glob(".isim/features/*/*")} for root in (one, two)
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 16 + 8
+
+
+def put_frozen(root):
+    """Give a project's trainings method frozen."""
+    path = root / "params.yaml"
+    tree = YAML(typ="safe").load(path.read_text())
+    for name in ("train_cam", "train_segmenter"):
+        tree[name] |= FP32 | {"method": "frozen", "encoder": "test_efficientnet"}
+        tree[name]["features"]["sides"] = [64]
+    for section in (tree["train_cam"]["frozen"], tree["train_segmenter"]):
+        section["head"] |= {"width": 16, "steps": 20}
+    tree["train_cam"]["frozen"] |= {"rounds": 2, "classifier_steps": 20}
+    tree["train_cam"]["threshold"] = 0.5
+    YAML().dump(tree, path)
 
 
 def test_a_run_whose_processes_die_goes_on_with_any_number_of_them(frozen, copies, run):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from ruamel.yaml import YAML
@@ -122,25 +123,47 @@ def test_a_round_that_is_not_made_for_certain_is_refused(change, rounds, tree):
     )
 
 
+CARRIED = [(section, block) for block, carriers in params.SHARED.items() for section in carriers]
+
+
 def test_the_shared_crf_is_that_of_all_sections_but_the_segmenter(tree):
     tree["crf"]["bilateral_srgb"] = 7
     made = params.validate(tree, "here")
     found = {name: part.crf.bilateral_srgb for name, part in made if hasattr(part, "crf")}
-    assert found == dict.fromkeys(params.SHARING_CRF, 7) | {"train_segmenter": 3}
+    assert found == dict.fromkeys(params.SHARED["crf"], 7) | {"train_segmenter": 3}
 
 
-@pytest.mark.parametrize("section", params.SHARING_CRF)
-def test_a_section_with_a_crf_of_its_own_is_refused(section, tree):
-    tree[section]["crf"] = tree["crf"]
+@pytest.mark.parametrize(("section", "block"), CARRIED)
+def test_a_section_carries_shared_blocks_and_none_of_its_own(section, block, tree):
+    assert (
+        getattr(getattr(params.validate(tree, "here"), section), block).model_dump() == tree[block]
+    )
+    tree[section][block] = tree[block]
     assert refusal(tree) == (
-        f"{section}: its crf is the one at the top level of the file; remove {section}.crf"
+        f"{section}: its {block} is the one at the top level of the file; remove {section}.{block}"
     )
 
 
-def test_a_wrong_crf_is_reported_once(tree):
-    for name, words in (("steps", "crf.steps: "), ("backend", "crf.backend: unknown parameter; ")):
-        message = refusal(tree | {"crf": tree["crf"] | {name: -1}})
+@pytest.mark.parametrize("block", params.SHARED)
+def test_a_wrong_shared_block_is_reported_once(block, tree):
+    for name, words in (("steps", f"{block}.steps: "), ("backend", f"{block}.backend: unknown")):
+        message = refusal(tree | {block: tree[block] | {name: -1}})
         assert message.startswith(words) and " more" not in message
+
+
+@pytest.mark.parametrize("affinity", get_args(params.Affinity))
+def test_train_affinity_knows_what_the_walk_takes(affinity, tree):
+    tree["random_walk"]["affinity"] = affinity
+    assert params.validate(tree, "here").train_affinity.affinity == affinity
+    tree["train_affinity"]["affinity"] = affinity
+    message = "train_affinity: its affinity is random_walk's; remove train_affinity.affinity"
+    assert refusal(tree) == message
+
+
+def test_a_wrong_affinity_is_reported_once(tree):
+    tree["random_walk"]["affinity"] = "nets"
+    message = refusal(tree)
+    assert message.startswith("random_walk.affinity: ") and " more" not in message
 
 
 @pytest.mark.parametrize("name", ["evaluate", "crf"])

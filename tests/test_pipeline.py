@@ -202,3 +202,18 @@ def check_tracking(project):
     assert sorted(first) == sorted(stage.split("@")[0] for stage in STAGES)
     names = {run.data.tags.get("label_set") for run in runs}
     assert names == {None, *LABEL_SETS}
+
+
+def test_an_affinity_without_training_skips_train_affinity(project):
+    path = project / "params.yaml"
+    kept, network = path.read_text(), project / "models/train_affinity/model.safetensors"
+    assert kept.count("  affinity: net\n") == 1 and network.exists()
+    path.write_text(kept.replace("  affinity: net\n", "  affinity: cosine\n"))
+    done = run(project, "dvc", "repro", "random_walk")
+    assert stages_run(done) == ["train_affinity", "random_walk"]
+    assert "train_affinity: skipped, as random_walk.affinity is cosine" in done
+    assert not network.exists()
+    assert "random walk" in run(project, "isim", "results")
+    path.write_text(kept)
+    assert stages_run(run(project, "dvc", "repro", "random_walk")) == []
+    assert network.exists(), "it comes from the cache"

@@ -50,3 +50,13 @@ def _folder(name: str, split: str, base: Path) -> Path:
         numbers = [int(path.name[6:]) for path in base.glob("round_*") if path.name[6:].isdigit()]
         return base / f"round_{max(numbers, default=1):02d}"
     return base / (f"{split}_crf" if name.endswith("_crf") else split)
+
+
+def require_maps(folder: Path, items: Sequence[Item]) -> None:
+    """Check that a folder has a label map of each item, for `train_cam.start`. UserError if not."""
+    missing = [item.id for item in items if not (folder / f"{item.id}.png").is_file()]
+    if missing:
+        raise UserError(
+            f"train_cam.start: {folder} has no label map of {len(missing)} of {len(items)} images, "
+            f"such as {missing[0]}.png; give a folder with one of each, or none"
+        )

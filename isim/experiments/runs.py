@@ -18,6 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim.params import flatten
 from isim.runtime.identity import md5_of
 
 Tree = Mapping[str, Any]
@@ -165,7 +166,7 @@ def lineage(lock: Lock, path: str) -> dict[str, Any] | None:
     Returns:
         None when no stage wrote `path` or several claim to; when one of them read what the stage
         before has written anew since, as after an experiment of an early stage alone; or when
-        they had different values of a section in common.
+        they had different values of a section in common, or of one parameter.
     """
     parameters: dict[str, Any] = {}
     todo, done = [path], set()
@@ -192,7 +193,10 @@ def lineage(lock: Lock, path: str) -> dict[str, Any] | None:
             elif any(dep["path"].startswith(f"{out}/") for out in lock):
                 # One file of a folder: its hash is not in the lock, so nothing can be said.
                 return None
-    return parameters
+    # A stage may know a single value of another's section, such as random_walk.affinity.
+    single = {key: parameters.pop(key) for key in list(parameters) if "." in key}
+    known = flatten(parameters)
+    return None if any(known.get(k, v) != v for k, v in single.items()) else parameters
 
 
 def _tree(text: str) -> dict[str, Any]:

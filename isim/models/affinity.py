@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from isim.errors import UserError
 from isim.labels.walk.pairs import half_disc, overlap
 from isim.metrics import IGNORE
-from isim.models import cam, common
+from isim.models import cam, common, vit
 from isim.models import encoder as encoders
-from isim.models.inference import normalize
+from isim.models.common import normalize
 from isim.params import TrainAffinity
 from isim.runtime import processes
 
@@ -216,8 +216,11 @@ def _stem(encoder: nn.Module) -> list[str]:
     """Names of the parameters that the first feature map of an encoder depends on.
 
     Encoders name their layers as they like, so that this asks autograd, on the meta device:
-    nothing is computed and no state is touched.
+    nothing is computed and no state is touched. A plain vision transformer's first map comes
+    after a third of its blocks: there it is what precedes them.
     """
+    if isinstance(encoder, vit.PlainViT):
+        return encoder.stem
     twin = copy.deepcopy(encoder).to("meta")
     stages = twin(torch.empty(2, 3, 64, 64, device="meta"))
     # The list may begin with the image itself or an empty map, which depend on nothing.

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.base.initialization import initialize_head
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3Decoder
 from torch import Tensor, nn
 
 from isim.errors import UserError
-from isim.models import common
+from isim.models import common, frozen, vit
 from isim.models import encoder as encoders
+from isim.models.frozen import FrozenNetwork
 from isim.models.unet import UNetDecoder, Upsampling, bilinear, transposed
 from isim.params import TrainCam
 
@@ -51,6 +53,18 @@ class CamConfig(common.Config):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # Method frozen: its features, its head and the walk of its planes; see `models.frozen`.
+    sides: tuple[int, ...] = ()
+    stages: int = 0
+    head_kind: str = "none"
+    head_width: int = 0
+    affinity: str = "none"
+    tau: float = 0.0
+    beta: float = 1.0
+    temperature: float = 1.0
+    steps: int = 0
+    # Labels come from the decoder, restricted to the image's classes, not from the classifier.
+    decoder_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +76,20 @@ class Frame:
     of `least` pixels a side; what the decoder makes of that is cropped away.
 
     With `doubling` the decoder doubles every map, and the maps of a dilated encoder are pooled to
-    the strides 2, 4, ... 32 that it counts on. The CAM keeps the encoder's stride.
+    the strides 2, 4, ... 32 that it counts on. The CAM keeps the encoder's stride. With `plain` all
+    of the encoder's maps have its stride.
     """
 
     stride: int
     doubling: bool = False
     least: int = 1
+    plain: bool = False
 
     @property
     def reductions(self) -> tuple[int, ...]:
         """Strides of the encoder's maps, the first that of the image."""
+        if self.plain:
+            return (1, *[self.stride] * (LEVELS - 1))
         return tuple(min(2**level, self.stride) for level in range(LEVELS))
 
     def fit(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -104,7 +122,7 @@ def _extend(feature: Tensor, height: int, width: int) -> Tensor:
 
 
 # Encoder, decoder and its head (both None without one), and what fits the maps to them.
-Parts = tuple[smp.encoders.TimmUniversalEncoder, nn.Module | None, nn.Module | None, Frame]
+Parts = tuple[encoders.Encoder, nn.Module | None, nn.Module | None, Frame]
 
 
 class CamNetwork(encoders.EncoderNetwork):
@@ -161,22 +179,28 @@ class CamNetwork(encoders.EncoderNetwork):
             return F.conv2d(features.float(), weight.float())
 
 
-def build(config: CamConfig) -> CamNetwork:
-    """Assemble the network of `config` with random weights.
+def build(config: CamConfig) -> CamNetwork | FrozenNetwork:
+    """Assemble the network of `config` with random weights; the method `frozen` has its own kind.
 
     Raises UserError where the encoder is unknown to timm, cannot have the output stride or does
     not take images of any size, and where the method is unknown or does not go with the encoder.
     """
+    if config.method == "frozen":
+        network = frozen.build(config)
+        if config.affinity == "attention":
+            # Not only when all features are computed.
+            frozen.require_attention(network.encoder, config)
+        return network
     if config.method not in METHODS:
         name = config.method.removeprefix("smp:")
         why = f"{name} cannot serve: {UNFIT[name]}" if name in UNFIT else "no such method"
         raise UserError(
-            f"train_cam.method: {config.method}: {why}; choose one of {', '.join(METHODS)}"
+            f"train_cam.method: {config.method}: {why}; choose one of frozen, {', '.join(METHODS)}"
         )
     if config.method == "cam":
         with encoders.must_serve(config):
-            network = _assembled(config)
-        return network
+            trained = _assembled(config)
+        return trained
     try:
         return _assembled(config)
     except Exception as error:  # smp raises whatever its code meets
@@ -197,10 +221,8 @@ def _assembled(config: CamConfig) -> CamNetwork:
     # their warm-up. Small, since random class scores would first teach the encoder noise.
     start = torch.Generator().manual_seed(torch.initial_seed())
     nn.init.normal_(classifier.weight, std=0.01, generator=start)
-    frozen = config.encoder_norm == "frozen"
-    network = CamNetwork(
-        encoder, classifier, decoder, head, frame=frame, freeze_encoder_norm=frozen
-    )
+    keeps = config.encoder_norm == "frozen"
+    network = CamNetwork(encoder, classifier, decoder, head, frame=frame, freeze_encoder_norm=keeps)
     common.try_out(network, partial(_check, network))
     return network
 
@@ -221,11 +243,27 @@ def _check(network: CamNetwork, images: Tensor) -> None:
 
 
 def _encoder_alone(config: CamConfig) -> Parts:
-    return encoders.build(config), None, None, Frame(config.output_stride)
+    encoder = encoders.build(config)
+    frame = Frame(config.output_stride, plain=isinstance(encoder, vit.PlainViT))
+    return encoder, None, None, frame
+
+
+def _deeplabcam(config: CamConfig) -> Parts:
+    encoder, _, _, frame = _encoder_alone(config)
+    channels, rates = config.decoder_channels, config.atrous_rates
+    decoder = DeepLabV3Decoder(
+        encoder.out_channels[-1], channels, rates, aspp_separable=False, aspp_dropout=0.5
+    )
+    head = SegmentationHead(
+        channels, len(config.classes) + 1, kernel_size=1, upsampling=config.output_stride
+    )
+    return encoder, decoder, head, frame
 
 
 def _unet(upsampling: Upsampling, config: CamConfig) -> Parts:
     encoder, _, _, frame = _encoder_alone(config)
+    if frame.plain:
+        raise ValueError(vit.ONE_STRIDE)
     channels = _halved(config.decoder_channels)
     decoder = UNetDecoder(encoder.out_channels, frame.reductions, channels, upsampling)
     head = SegmentationHead(channels[-1], len(config.classes) + 1, kernel_size=3)
@@ -234,6 +272,8 @@ def _unet(upsampling: Upsampling, config: CamConfig) -> Parts:
 
 
 def _of_the_library(name: str, config: CamConfig) -> Parts:
+    if vit.is_plain(config.encoder):
+        raise ValueError(vit.ONE_STRIDE)
     options = {"encoder_weights": None, "classes": len(config.classes) + 1}
     model = getattr(smp, name)(f"tu-{config.encoder}", **options, **_arguments(name, config))
     # PAN's pyramid halves the last map three times.
@@ -246,7 +286,7 @@ def _of_the_library(name: str, config: CamConfig) -> Parts:
 # has no decoder. `isim.params` knows the names, too.
 METHODS: dict[str, Callable[[CamConfig], Parts]] = {
     "cam": _encoder_alone,
-    "deeplabcam": partial(_of_the_library, "DeepLabV3"),
+    "deeplabcam": _deeplabcam,
     "unetcam_learnable": partial(_unet, transposed),
     "unetcam_bilinear": partial(_unet, bilinear),
     **{f"smp:{name}": partial(_of_the_library, name) for name in SERVING},
@@ -280,10 +320,17 @@ def _arguments(name: str, config: CamConfig) -> dict[str, Any]:
 
 
 def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
-    """Describe the network that a section asks for; errors as of `encoder.configure`."""
-    return encoders.configure(CamConfig, params, classes=classes)
+    """Describe the network that a section asks for; errors as of `encoder.configure`.
+
+    The frozen one is that before the first round: it has no head yet.
+    """
+    own: dict[str, Any] = {}
+    if params.method == "frozen":
+        own = {**params.features.model_dump(), **params.dense_walk.model_dump()}
+        own |= {"affinity": params.frozen.affinity, "head_width": params.frozen.head.width}
+    return encoders.configure(CamConfig, params, classes=classes, **own)
 
 
-def load(path: Path) -> tuple[CamNetwork, CamConfig]:
+def load(path: Path) -> tuple[CamNetwork | FrozenNetwork, CamConfig]:
     """Rebuild a network from a checkpoint of `train_cam`; see `common.load`."""
     return common.load(path, CamConfig, build)

@@ -1,7 +1,7 @@
 """Tools of all networks: checkpoints, a first try with an odd image, the end in fp32."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
 
 from isim.errors import UserError
 from isim.runtime import checkpoint
@@ -75,6 +76,12 @@ def try_out(network: nn.Module, run: Callable[[Tensor], _Result]) -> _Result:
     result = run(images)
     network.train()
     return result
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scale (B, 3, H, W) uint8 images to [0, 1], subtract `mean`, divide by `std`: float32."""
+    normalized: Tensor = TF.normalize(images.float() / 255, list(mean), list(std))
+    return normalized
 
 
 def reason(error: Exception) -> str:

@@ -1,31 +1,59 @@
 """timm encoders: building them, what they expect, their weights, and those that cannot serve.
 
+Weights bring in what they learned from (`supervision`): labels, texts or nothing but images. What
+learned from masks is refused, in an encoder as in a decoder (spec 7).
+
 Each error names the parameter of that section of `params.yaml` which a configuration is of.
 """
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
 
 import segmentation_models_pytorch as smp
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from isim.errors import UserError
-from isim.models import common
+from isim.models import common, vit
 from isim.params import TrainAffinity, TrainCam, TrainSegmenter
 
 _Config = TypeVar("_Config", bound=common.Config)
+Encoder: TypeAlias = smp.encoders.TimmUniversalEncoder | vit.PlainViT
 
 # What names of a decoder's tensors hold, here and in other libraries.
 DECODER_MARKS = (
     *("decoder", "aspp", "segmentation", ".convs.", "conv2d_list"),
     *("head.branches.", "head.classifier."),
+)
+
+PIXELS, UNKNOWN = "masks", "unknown"
+SELF_SUPERVISED, RANDOM = "none (self-supervised)", "none (random)"
+# What weights learned from, by timm's names of an architecture and its weights: "name.tag".
+_PIXELS = re.compile(
+    # Segment Anything 1 and 2; PaliGemma and Florence-2, whose tasks have masks; networks that
+    # were taught by SAM (Perception Encoder, RADIO).
+    r"samvit|sa1b|sam2_|\.pali|florence2|pe_spatial|radio"
+)
+_SUPERVISION = {
+    # CLIP, SigLIP and others of images with texts, and those that such a network has taught.
+    "text (CLIP, SigLIP)": re.compile(
+        r"clip|\.openai|laion|webli|\.dfn|datacomp|merged2b|yfcc15m|cc12m"
+        r"|pe_core|pe_lang|^aimv2|^beit3|^beitv2|^eva"
+    ),
+    "hashtags": re.compile(r"ig1b|\.swag"),
+    # Not where the images alone were used.
+    "ImageNet labels": re.compile(r"(?<!mim_)(in(1|12|21|22)k|inw21k)(?!_ijepa)|\.imagenet"),
+}
+_SELF_SUPERVISED = re.compile(
+    r"\.(fb_)?dino|\.lvd\d+m|\.sat493m|\.(fc)?mae$|_ijepa|\.seer$"  # DINO to DINOv3, MAE, ...
 )
 
 
@@ -62,8 +90,14 @@ class EncoderNetwork(nn.Module):
         return self
 
 
-def build(config: _Configured) -> smp.encoders.TimmUniversalEncoder:
-    """Make an encoder with random weights; whatever timm's code meets is raised."""
+def build(config: _Configured) -> Encoder:
+    """Make an encoder with random weights; whatever timm's code meets is raised.
+
+    It turns images into six maps, the first the images; a plain vision transformer's have all one
+    stride, the others' that of their level up to the output stride.
+    """
+    if vit.is_plain(config.encoder):
+        return vit.PlainViT(config.encoder, config.output_stride)
     return smp.encoders.get_encoder(
         f"tu-{config.encoder}", weights=None, output_stride=config.output_stride
     )
@@ -98,14 +132,54 @@ def configure(
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     if params.input_norm == "encoder":
-        known = timm.get_pretrained_cfg(params.encoder)
-        if known is None:
-            close = difflib.get_close_matches(params.encoder.split(".")[0], timm.list_models(), n=5)
-            hint = f"; similar: {', '.join(close)}" if close else ""
-            raise UserError(f"{kind.stage}.encoder: timm has no encoder '{params.encoder}'{hint}")
+        known = _known(kind.stage, params.encoder)
         mean, std = tuple(known.mean), tuple(known.std)
     shared = {f.name: getattr(params, f.name) for f in fields(kind) if hasattr(params, f.name)}
     return kind(**shared, **{"mean": mean, "std": std}, **others)
+
+
+def _known(stage: str, encoder: str) -> PretrainedCfg:
+    """Return what timm knows of an encoder; raises UserError where that is nothing."""
+    name, _, tag = encoder.partition(".")
+    with contextlib.suppress(RuntimeError):  # no such tag
+        known = timm.get_pretrained_cfg(encoder)
+        if known is not None:
+            return known
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{name}.*")] if tag else []
+    close = [f"{name}.{each}" for each in difflib.get_close_matches(tag, tags, n=3, cutoff=0)]
+    close = close or difflib.get_close_matches(name, timm.list_models(), n=5)
+    hint = f"; similar: {', '.join(close)}" if close else ""
+    raise UserError(f"{stage}.encoder: timm has no encoder '{encoder}'{hint}")
+
+
+def supervision(encoder: str, weights: str = "imagenet") -> str:
+    """Name what weights have learned from, besides images.
+
+    Args:
+        encoder: timm's name, with or without the weights' tag.
+        weights: As for `load`. A file that is called `<architecture>.<tag>.<suffix>`, as timm's
+            are here, is believed to be that.
+
+    Returns:
+        `ImageNet labels`, `text (CLIP, SigLIP)`, `hashtags` or several of these; `none
+        (self-supervised)` or `none (random)`; `masks`, which `load` refuses; or `unknown`.
+    """
+    if weights == "none":
+        return RANDOM
+    architecture, _, tag = encoder.partition(".")
+    if weights != "imagenet":
+        tag = Path(weights).stem.removeprefix(f"{architecture}.")
+    elif not tag:
+        tag = getattr(timm.get_pretrained_cfg(architecture), "tag", "")
+    name = f"{architecture}.{tag}"
+    if _PIXELS.search(name):
+        return PIXELS
+    if weights != "imagenet" and tag == Path(weights).stem:
+        return UNKNOWN
+    found = [words for words, pattern in _SUPERVISION.items() if pattern.search(name)]
+    if not found and _SELF_SUPERVISED.search(name):
+        return SELF_SUPERVISED
+    return ", ".join(found) or UNKNOWN
 
 
 def load(network: nn.Module, config: _Configured, weights: str, path: Path) -> None:
@@ -118,9 +192,15 @@ def load(network: nn.Module, config: _Configured, weights: str, path: Path) -> N
         path: A file for `read` with timm's keys.
 
     Raises:
-        UserError: No network, no such file, another architecture, or keys of a decoder,
-            which would bring in pixel supervision (spec 7).
+        UserError: No network, no such file, another architecture, or weights that learned from
+            masks, or keys of a decoder, which would bring in pixel supervision (spec 7).
     """
+    if supervision(config.encoder, weights) == PIXELS:
+        raise UserError(
+            f"{config.stage}.weights: {weights} of {config.encoder} has learned from masks, that "
+            "is pixel supervision; use weights that saw labels, texts or images alone, such as "
+            "those of resnet50.tv_in1k or vit_base_patch14_dinov2.lvd142m"
+        )
     if weights == "imagenet":
         try:
             state = timm.create_model(config.encoder, pretrained=True).state_dict()

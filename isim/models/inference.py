@@ -9,13 +9,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from isim.models.cam import CamConfig, CamNetwork
+from isim.models.common import normalize
 from isim.models.segmenter import SegmenterConfig
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Scale (B, 3, H, W) uint8 images to [0, 1], subtract `mean`, divide by `std`: float32."""
-    normalized: Tensor = TF.normalize(images.float() / 255, list(mean), list(std))
-    return normalized
 
 
 @torch.inference_mode()
@@ -35,9 +30,14 @@ def multi_scale_cams(
     the image's size. The scales are summed. Planes of full size are made of the labelled classes
     alone.
 
+    With `decoder_labels` a plane is p_k / (p_k + p_0), averaged over scales and flips, p being the
+    decoder's softmax over the background and the image's classes: above 0.5 the class is likelier.
+
     The network is in evaluation mode, images are (B, 3, H, W) uint8 RGB on its device, and
     `class_ids` (K'_i,) int64 labels 1..K of each; an image may have none.
     """
+    if config.decoder_labels:
+        return _decoder_planes(network, config, images, class_ids, scales=scales, flip=flip)
     count, _, height, width = images.shape
     numbers = [len(ids) for ids in class_ids]
     present, columns = torch.cat(list(class_ids)).cpu().unique(return_inverse=True)
@@ -56,6 +56,32 @@ def multi_scale_cams(
         total += F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)[0]
     total /= total.amax((1, 2), keepdim=True) + 1e-5
     return list(total.split(numbers))
+
+
+def _decoder_planes(
+    network: CamNetwork,
+    config: CamConfig,
+    images: Tensor,
+    class_ids: Sequence[Tensor],
+    *,
+    scales: Sequence[float],
+    flip: bool,
+) -> list[Tensor]:
+    count, _, height, width = images.shape
+    ids = [each.to(images.device) for each in class_ids]
+    totals = [torch.zeros(len(each), height, width, device=images.device) for each in ids]
+    for scale in scales:
+        size = [max(32, round(side * scale)) for side in (height, width)]
+        segmentation = network(_views(images, size, config, flip), True)[1]
+        if segmentation is None:
+            raise ValueError("a network without a decoder has no labels of it")
+        for place, logits in enumerate(segmentation.float()):  # (L, H', W')
+            total, own = totals[place % count], ids[place % count]
+            odds = (logits[own] - logits[:1]).sigmoid()  # (K', H', W')
+            odds = odds.flip(-1) if place >= count else odds
+            if len(own):
+                total += F.interpolate(odds[None], (height, width), mode="bilinear")[0]
+    return [total.div_(len(scales) * (1 + flip)) for total in totals]
 
 
 def _views(

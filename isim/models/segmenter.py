@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3Decoder
 from torch import Tensor, nn
 
 from isim.errors import UserError
-from isim.models import common
+from isim.models import common, frozen
 from isim.models import encoder as encoders
+from isim.models.frozen import FrozenNetwork
 from isim.params import TrainSegmenter
 
 ATROUS_RATES: dict[str, dict[int, tuple[int, ...]]] = {
@@ -55,6 +56,11 @@ class SegmenterConfig(common.Config):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # Method frozen: its features and head (`models.frozen`).
+    sides: tuple[int, ...] = ()
+    stages: int = 0
+    head_kind: str = "none"
+    head_width: int = 0
 
 
 class DeepLabV2Head(nn.Module):
@@ -122,12 +128,14 @@ class Segmenter(encoders.EncoderNetwork):
         return logits
 
 
-def build(config: SegmenterConfig) -> Segmenter:
-    """Assemble the segmenter of `config` with random weights.
+def build(config: SegmenterConfig) -> Segmenter | FrozenNetwork:
+    """Assemble the segmenter of `config` with random weights; method `frozen` has its own kind.
 
     Raises UserError where the method does not go with the output stride, or where the encoder is
     unknown to timm, cannot have the output stride or does not take images of any size.
     """
+    if config.method == "frozen":
+        return frozen.build(config)
     stride = config.output_stride
     strides = ATROUS_RATES[config.method]
     if stride not in strides:
@@ -138,21 +146,16 @@ def build(config: SegmenterConfig) -> Segmenter:
     labels = len(config.classes) + 1
     head: nn.Module
     with encoders.must_serve(config):
+        encoder = encoders.build(config)
+        channels, rates = encoder.out_channels[-1], strides[stride]
         if config.method == "deeplabv2":
-            encoder = encoders.build(config)
-            head = DeepLabV2Head(encoder.out_channels[-1], labels, strides[stride])
+            head = DeepLabV2Head(channels, labels, rates)
         else:
-            model = smp.DeepLabV3(
-                f"tu-{config.encoder}",
-                encoder_weights=None,
-                encoder_output_stride=stride,
-                decoder_channels=config.decoder_channels,
-                decoder_atrous_rates=strides[stride],
-                classes=labels,
+            width = config.decoder_channels
+            decoder = DeepLabV3Decoder(
+                channels, width, rates, aspp_separable=False, aspp_dropout=0.5
             )
-            encoder = model.encoder
-            # Without the upsampling that follows it.
-            head = DeepLabV3Head(model.decoder, model.segmentation_head[0])
+            head = DeepLabV3Head(decoder, nn.Conv2d(width, labels, 1))
         network = Segmenter(encoder, head, stride, config.encoder_norm == "frozen")
         size = tuple(common.try_out(network, network).shape[-2:])
         if size != tuple(-(-side // stride) for side in common.PROBE):
@@ -162,11 +165,15 @@ def build(config: SegmenterConfig) -> Segmenter:
 
 def configure(params: TrainSegmenter, classes: tuple[str, ...]) -> SegmenterConfig:
     """Describe the segmenter that a section asks for; errors as of `encoder.configure`."""
-    return encoders.configure(SegmenterConfig, params, classes=classes)
+    own: dict[str, Any] = {}
+    if params.method == "frozen":
+        own = params.features.model_dump()
+        own |= {"head_kind": params.head.kind, "head_width": params.head.width}
+    return encoders.configure(SegmenterConfig, params, classes=classes, **own)
 
 
 def load_weights(
-    network: Segmenter,
+    network: Segmenter | FrozenNetwork,
     config: SegmenterConfig,
     weights: str,
     path: Path,
@@ -218,6 +225,6 @@ def _own_name(key: str, own: dict[str, Tensor]) -> str:
     return next((name for name in [key, *others] if name in own), key)
 
 
-def load(path: Path) -> tuple[Segmenter, SegmenterConfig]:
+def load(path: Path) -> tuple[Segmenter | FrozenNetwork, SegmenterConfig]:
     """Rebuild a segmenter from a checkpoint of `train_segmenter`; see `common.load`."""
     return common.load(path, SegmenterConfig, build)

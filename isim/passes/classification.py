@@ -12,8 +12,10 @@ from isim import metrics
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.inference import normalize
+from isim.models.common import normalize
+from isim.models.frozen import FrozenNetwork
 from isim.passes import each
+from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -49,7 +51,21 @@ def classify(
         return {"logits": logits.tolist()}
 
     lines = each.image(here, items, finish, name=None, compute=logits_of).lines
-    logits = np.array([line["logits"] for line in lines], np.float32)  # (N, K)
+    return _figures(items, np.array([line["logits"] for line in lines], np.float32))
+
+
+def frozen(cached: Features, network: FrozenNetwork, items: Sequence[Item]) -> dict[str, float]:
+    """Classify images by their cached features; figures and errors as of `classify`."""
+    if not items:
+        return {}
+    logits = [
+        network.logits(network.standardise(cached.tensor(item).flatten(1).T)) for item in items
+    ]
+    return _figures(items, torch.stack(logits).detach().cpu().numpy())
+
+
+def _figures(items: Sequence[Item], logits: np.ndarray) -> dict[str, float]:
+    """Figures of logits (B, K)."""
     if not np.isfinite(logits).all():
         raise UserError(
             "the network's scores are not finite: the rates are likely too "

@@ -1,11 +1,12 @@
 """Predictions of a segmenter: probabilities, label map, dCRF, PNG and scores (paper 4.1.7)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,10 +16,12 @@ from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.models import folding
+from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter
 from isim.passes import counts, each, stream
+from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -65,7 +68,7 @@ def confusions(found: Mapping[str, Predicted]) -> counts.Confusions:
 
 def predict(
     here: Here,
-    network: Segmenter,
+    network: Segmenter | FrozenNetwork,
     config: SegmenterConfig,
     items: Sequence[Item],
     *,
@@ -123,32 +126,61 @@ def predict(
 
 
 def _predictor(
-    here: Here, network: Segmenter, config: SegmenterConfig, params: TrainSegmenter, *, on_gpu: bool
+    here: Here,
+    network: Segmenter | FrozenNetwork,
+    config: SegmenterConfig,
+    params: TrainSegmenter,
+    *,
+    on_gpu: bool,
 ) -> stream.Compute:
     """Prepare a copy of a network; return what predicts images by it.
 
     Each image gives (H, W) uint8 labels, IGNORE where a probability is not finite; for a dCRF the
     (L, H, W) probabilities; and its pixels, where the dCRF is computed `on_gpu`.
     """
-    prepared = folding.for_inference(
-        network, lambda net, images: net(images), here.device, devices.DTYPES[here.precision]
-    )
+    probable = _probable(here, network, config, params)
 
-    def predicted(_: Sequence[Item], images: Tensor) -> list[Tensors]:
+    def predicted(items: Sequence[Item], images: Tensor) -> list[Tensors]:
         found: list[Tensors] = []
-        for image in images:
-            with devices.autocast(here.precision, here.device):
-                probabilities = multi_scale_probabilities(
-                    prepared, config, image, scales=params.test_scales, flip=params.test_flip
-                )
+        for item, image in zip(items, images, strict=True):
+            probabilities = probable(item, image)
             finite = torch.isfinite(probabilities).all(0)
             label = torch.where(finite, probabilities.argmax(0), metrics.IGNORE).to(torch.uint8)
+            if not params.crf_after:
+                found.append((label, None, None))
+                continue
             if on_gpu:
                 found.append((label, probabilities, image))
             else:
                 # To the host in half the bytes: the rounding moves an energy of the dCRF, -log p
                 # with p at least 1e-5, by less than 0.004.
-                found.append((label, probabilities.half() if params.crf_after else None, None))
+                found.append((label, probabilities.half(), None))
         return found
 
     return predicted
+
+
+def _probable(
+    here: Here, network: Segmenter | FrozenNetwork, config: SegmenterConfig, params: TrainSegmenter
+) -> Callable[[Item, Tensor], Tensor]:
+    """Return what gives an image's (L, H, W) probabilities, given its (3, H, W) uint8 pixels."""
+    if isinstance(network, FrozenNetwork):
+        cached = Features(here, network, config)
+
+        def upsampled(item: Item, image: Tensor) -> Tensor:
+            grid = network.probabilities(cached.tensor(item))
+            size = image.shape[-2:]
+            return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
+
+        return upsampled
+    prepared = folding.for_inference(
+        network, lambda net, images: net(images), here.device, devices.DTYPES[here.precision]
+    )
+
+    def averaged(_: Item, image: Tensor) -> Tensor:
+        with devices.autocast(here.precision, here.device):
+            return multi_scale_probabilities(
+                prepared, config, image, scales=params.test_scales, flip=params.test_flip
+            )
+
+    return averaged

@@ -1,6 +1,6 @@
 """One round's pseudo-labels: CAM, seed, dCRF, PNG and scores (paper Algorithm 1, line 8)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ from isim.data.prepared import Item
 from isim.labels.crf import refine as crf
 from isim.labels.seeds import batched as seeds
 from isim.models.cam import CamConfig, CamNetwork
+from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
 from isim.passes import cams, counts, each, stream
 from isim.passes.stream import Array, Tensors
+from isim.reporting import pictures
 from isim.runtime.here import Here
 
 # Thresholds that a round's CAMs are scored at, to find the best one on the ground truth.
@@ -66,24 +68,26 @@ class Scores:
 
 def regenerate(
     here: Here,
-    network: CamNetwork,
+    network: CamNetwork | FrozenNetwork,
     config: CamConfig,
     items: Sequence[Item],
     *,
     params: TrainCam,
     name: str,
-    pictured: Collection[str],
+    refined: bool = True,
 ) -> Scores:
     """Make a round's labels in `pseudo_labels/<name>` of the resume folder, and score them.
 
-    The full-resolution CAMs of images whose ids are `pictured` are in its folder `<name>`. The
-    scores are over all items, also those of an earlier, interrupted pass. Raises UserError for an
+    The full-resolution CAMs of the images that are shown are in its folder `<name>`. The
+    scores are over all items, also those of an earlier, interrupted pass. Without the dCRF
+    (`refined`) the seeds are the labels. Raises UserError for an
     unreadable image or a failed write.
     """
+    pictured = {item.id for item in pictures.choose(items, params.pictures)}
     labels, scratch = here.resume / "pseudo_labels" / name, here.resume / name
     num_labels = len(config.classes) + 1
     make = cams.maker(here, network, config, params)
-    on_gpu = stream.refines(here.device)
+    on_gpu = refined and stream.refines(here.device)
 
     def seeds_of(batch: Sequence[Item], images: Tensor) -> list[Tensors]:
         """(3, H, W) uint8: seed, label of the highest CAM, thresholds of SWEEP that it passes."""
@@ -109,7 +113,9 @@ def regenerate(
         seed, best, levels = maps
         if cam is not None:
             files.write_cam(scratch / f"{item.id}.npz", cam, item.class_ids, seed.shape)
-        if label is None:
+        if not refined:
+            label = seed
+        elif label is None:
             label = crf.refine(files.read_image(item.image), seed, item.class_ids, params.crf)
         sweep = best, levels, len(SWEEP)
         scores = counts.scored(item, {"seed": seed, "label": label}, num_labels, sweep)

@@ -12,6 +12,7 @@ from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.seeds import batched, seeds
 from isim.models.cam import CamConfig, CamNetwork
+from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
 from isim.passes import cams, counts, each
 from isim.passes.stream import Array, Tensors
@@ -39,7 +40,12 @@ def write(
 
 
 def score(
-    here: Here, network: CamNetwork, config: CamConfig, items: Sequence[Item], *, params: TrainCam
+    here: Here,
+    network: CamNetwork | FrozenNetwork,
+    config: CamConfig,
+    items: Sequence[Item],
+    *,
+    params: TrainCam,
 ) -> float:
     """Score seeds as `pseudo_labels.regenerate` does, without dCRF and without writing anything.
 

@@ -1,12 +1,14 @@
 """Random walk of a split's CAMs: affinities, walk, label maps, dCRF, scores (paper 4.1.6; spec 6).
 
-The network computes the next affinities while helpers walk along the last ones; a GPU walks, too,
-and leaves the rest to the helpers.
+Along AffinityNet's affinities of near pixels the network computes the next ones while helpers walk
+along the last ones; a GPU walks, too. Along dense affinities of patches the network's device does
+both, as their matrices are larger than what walks. In either case the helpers do the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +18,52 @@ from torch import Tensor
 from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.crf import refine as crf
+from isim.labels.dense import batched as dense
+from isim.labels.seeds import seeds
 from isim.labels.walk import walk as walks
-from isim.models import affinity, folding
+from isim.models import affinity, folding, frozen
 from isim.models.affinity import AffinityConfig, AffinityNet
+from isim.models.cam import CamConfig, CamNetwork
+from isim.models.frozen import FrozenNetwork
 from isim.params import RandomWalk
 from isim.passes import counts, each, stream
-from isim.passes.stream import Array, Tensors
+from isim.passes.features import Features
+from isim.passes.stream import Array, Compute, OnGroup, Tensors
 from isim.runtime import devices
 from isim.runtime.here import Here
+
+
+class Stored(NamedTuple):
+    """CAMs that walk: those in a folder that is named after their split.
+
+    `probable` ones are p_k / (p_k + p_0), and keep their values: a class is likelier than the
+    background above 0.5. Others mean something beside their plane's maximum alone.
+    """
+
+    folder: Path
+    probable: bool = False
+
+
+class _Way(NamedTuple):
+    """Parts of a walk: what the network's device computes, and what makes (M, h, w) of that."""
+
+    compute: Compute
+    on_group: OnGroup | None
+    walked: Callable[[Item, Array], Array]
+
+
+class _Grid(NamedTuple):
+    """Patches (N, C) to compare on a grid (h, w), N = h * w, and their scores (N, L) of labels."""
+
+    size: tuple[int, int]
+    patches: Tensor
+    scores: Tensor
+
+
+# (M, h, w) planes of an image that walk, at the size (h, w).
+_Read = Callable[[Item, tuple[int, int]], NDArray[np.float32]]
+# Images of one size and their (B, 3, H, W) uint8 pixels to the grid of each.
+_Describe = Callable[[Sequence[Item], Tensor], Iterable[_Grid]]
 
 
 def folders(labels: Path, split: str, params: RandomWalk) -> dict[str, Path]:
@@ -39,28 +79,19 @@ def walk(
     items: Sequence[Item],
     *,
     params: RandomWalk,
-    cams: Path,
+    cams: Stored,
     num_labels: int,
 ) -> each.Passed:
     """Make the label maps of a split, in `folders` of `labels` in the resume folder.
 
-    Its CAMs are in the folder `cams`, named after the split. Lines have the sparse counts `walk`
-    and, where the dCRF follows, `walk_crf`. Raises UserError when a file is missing, unreadable or
-    of another image, or cannot be written.
+    Lines have the sparse counts `walk` and, where the dCRF follows, `walk_crf`. Raises UserError
+    when a file is missing, unreadable or of another image, or cannot be written.
     """
-    out = folders(here.resume / "labels", cams.name, params)
     walks_here = stream.groups(here.device)
     prepared = folding.for_inference(
         network, lambda net, images: net(images), here.device, devices.DTYPES[here.precision]
     )
-
-    def read(item: Item, near: Tensor | Array) -> NDArray[np.float32]:
-        """(M, h, w) CAMs at the affinities' size, after the background plane if it walks."""
-        planes, _ = files.read_cam_of(cams / f"{item.id}.npz", item.image, item.class_ids)
-        planes = walks.resize(planes, (near.shape[1], near.shape[2]))
-        if params.background == "constant":
-            return planes
-        return np.concatenate([walks.background_plane(planes, params.alpha)[None], planes])
+    read = _reader(params, cams)
 
     def affinities(_: Sequence[Item], images: Tensor) -> list[Tensors]:
         with devices.autocast(here.precision, here.device):
@@ -71,29 +102,177 @@ def walk(
 
         near = [tensor for (tensor,) in found if tensor is not None]
         planes = [
-            torch.from_numpy(read(item, tensor)).to(here.device)
+            torch.from_numpy(read(item, (tensor.shape[1], tensor.shape[2]))).to(here.device)
             for item, tensor in zip(group, near, strict=True)
         ]
         moves = {"radius": config.radius, "beta": params.beta, "t": params.steps_log2}
         return [(walked,) for walked in walk_batch(planes, near, **moves)]
 
-    def finish(item: Item, given: Array) -> dict[str, Any]:
-        walked = given
-        if not walks_here:
-            moves = walks.transition(given, config.radius, params.beta)
-            walked = walks.walk(read(item, given), moves, params.steps_log2)
-        size = files.image_size(item.image)
+    def walked(item: Item, near: Array) -> Array:
+        moves = walks.transition(near, config.radius, params.beta)
+        return walks.walk(read(item, (near.shape[1], near.shape[2])), moves, params.steps_log2)
+
+    way = _Way(affinities, on_group, _as_it_is if walks_here else walked)
+    return _label(here, way, items, params=params, cams=cams, num_labels=num_labels)
+
+
+def walk_dense(
+    here: Here,
+    network: CamNetwork | FrozenNetwork,
+    config: CamConfig,
+    items: Sequence[Item],
+    *,
+    params: RandomWalk,
+    cams: Stored,
+    num_labels: int,
+) -> each.Passed:
+    """Make label maps as `walk` does, along affinities of all pairs of a CAM network's patches.
+
+    Those of a frozen network are its cached features, standardised; those of another one the last
+    map of the image at its own size, less the image's mean. Raises UserError as `walk` and
+    `require_attention`.
+    """
+    require_attention(network, config, params)
+    walking = replace(config, affinity=params.affinity, **params.dense_walk.model_dump())
+    if isinstance(network, FrozenNetwork):
+        patches, describe = network, _cached(here, network, config, items)
+    else:
+        patches = _as_frozen(network)
+        describe = _computed(here, patches, config)
+    read = _reader(params, cams)
+    attends = params.affinity == "attention"
+
+    @torch.inference_mode()
+    def walked(batch: Sequence[Item], images: Tensor) -> list[Tensors]:
+        attention: Iterable[Tensor | None] = [None] * len(batch)
+        if attends:
+            with devices.autocast(here.precision, here.device):
+                attention = frozen.attention(network.encoder, _sized(config, images), images)
+        found: list[Tensors] = []
+        for item, grid, given in zip(batch, describe(batch, images), attention, strict=True):
+            planes = torch.from_numpy(read(item, grid.size)).to(here.device)  # (M, h, w)
+            near = patches.affinity(grid.patches, grid.scores, walking, given)
+            inside = _boxes(planes, params).flatten(1) if attends else None
+            steps = dense.walk(planes.flatten(1), near, walking.steps, inside)
+            found.append((steps.unflatten(1, grid.size),))
+        return found
+
+    way = _Way(walked, None, _as_it_is)
+    return _label(here, way, items, params=params, cams=cams, num_labels=num_labels)
+
+
+def require_attention(
+    network: CamNetwork | FrozenNetwork, config: CamConfig, params: RandomWalk
+) -> None:
+    """Check that an encoder has the attention that the walk wants. Raises UserError if not."""
+    if params.affinity == "attention":
+        side = 4 * config.output_stride
+        pixels = torch.zeros(
+            1, 3, side, side, dtype=torch.uint8, device=network.classifier.weight.device
+        )
+        frozen.attention(network.encoder, replace(config, sides=(side,)), pixels)
+
+
+def _as_it_is(_: Item, walked: Array) -> Array:
+    return walked
+
+
+def _reader(params: RandomWalk, cams: Stored) -> _Read:
+    def read(item: Item, size: tuple[int, int]) -> NDArray[np.float32]:
+        """Read CAMs at a size, after the background plane if it walks."""
+        planes, _ = files.read_cam_of(cams.folder / f"{item.id}.npz", item.image, item.class_ids)
+        planes = walks.resize(planes, size)
         if params.background == "constant":
-            label = walks.label_map(walked, item.class_ids, size, params.threshold)
+            return planes
+        return np.concatenate([walks.background_plane(planes, params.alpha)[None], planes])
+
+    return read
+
+
+def _label(
+    here: Here,
+    way: _Way,
+    items: Sequence[Item],
+    *,
+    params: RandomWalk,
+    cams: Stored,
+    num_labels: int,
+) -> each.Passed:
+    """Cut what walks a way, refine, score and write it."""
+    name = cams.folder.name
+    out = folders(here.resume / "labels", name, params)
+
+    def finish(item: Item, given: Array) -> dict[str, Any]:
+        size, ids = files.image_size(item.image), item.class_ids
+        walked = way.walked(item, given)
+        if params.background == "power":
+            label = walks.label_map(walked[1:], ids, size, walked[0])
+        elif cams.probable:
+            label = seeds.seed(walks.resize(walked, size), ids, params.threshold)
         else:
-            label = walks.label_map(walked[1:], item.class_ids, size, walked[0])
+            label = walks.label_map(walked, ids, size, params.threshold)
         labels = {"walk": label}
         if params.crf_after:
             image = files.read_image(item.image)
-            labels["walk_crf"] = crf.refine(image, label, item.class_ids, params.crf)
+            labels["walk_crf"] = crf.refine(image, label, ids, params.crf)
         return counts.scored_and_written(item, labels, out, num_labels)
 
     outs = dict.fromkeys(out.values(), ".png")
-    return each.image(
-        here, items, finish, name=cams.name, outs=outs, compute=affinities, on_group=on_group
+    compute, on_group = way.compute, way.on_group
+    return each.image(here, items, finish, name=name, outs=outs, compute=compute, on_group=on_group)
+
+
+def _boxes(planes: Tensor, params: RandomWalk) -> Tensor:
+    """Boxes (M, h, w) bool of planes that walk; the background plane has the whole image."""
+    inside = dense.boxes(planes)
+    if params.background == "power":
+        inside[0] = True
+    return inside
+
+
+def _sized(config: CamConfig, images: Tensor) -> CamConfig:
+    """Configuration of features; those of a network that is not frozen are at the images' size."""
+    return config if config.sides else replace(config, sides=(max(images.shape[-2:]),), stages=1)
+
+
+def _cached(
+    here: Here, network: FrozenNetwork, config: CamConfig, items: Sequence[Item]
+) -> _Describe:
+    cached = Features(here, network, config)
+    cached.prepare(items)
+
+    def describe(batch: Sequence[Item], _: Tensor) -> Iterator[_Grid]:
+        for item in batch:
+            maps = cached.tensor(item)
+            patches = network.standardise(maps.flatten(1).T)
+            yield _Grid((maps.shape[1], maps.shape[2]), patches, network.label_scores(patches))
+
+    return describe
+
+
+def _computed(here: Here, network: FrozenNetwork, config: CamConfig) -> _Describe:
+    prepared = folding.for_inference(
+        network.encoder,
+        lambda encoder, images: encoder(images)[-1],
+        here.device,
+        devices.DTYPES[here.precision],
     )
+
+    def describe(_: Sequence[Item], images: Tensor) -> Iterator[_Grid]:
+        with devices.autocast(here.precision, here.device):
+            found = frozen.features(prepared, _sized(config, images), images)
+        for maps in found:
+            patches = maps.flatten(1).T
+            # Features behind a ReLU all point the same way: what they have in common tells nothing.
+            apart = patches - patches.mean(0)
+            yield _Grid((maps.shape[1], maps.shape[2]), apart, network.label_scores(patches))
+
+    return describe
+
+
+def _as_frozen(network: CamNetwork) -> FrozenNetwork:
+    """View encoder and classifier as a frozen network without a head, nothing standardised."""
+    classes, channels = network.classifier.weight.shape[:2]
+    viewed = FrozenNetwork(network.encoder, (channels, channels), classes=classes, head=None)
+    viewed.classifier = network.classifier
+    return viewed.to(network.classifier.weight.device).eval()

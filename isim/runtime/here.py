@@ -27,6 +27,11 @@ class Here:
     wanted: str = "auto"
     name: str = "isim"
 
+    @property
+    def cache(self) -> Path:
+        """Folder of what several stages compute alike; the project's .isim, where there is one."""
+        return next((path for path in self.resume.parents if path.name == ".isim"), self.resume)
+
     # Found when they are asked for: a stage without networks never loads torch.
     @cached_property
     def device(self) -> "torch.device":

@@ -4,7 +4,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = Path(__file__).parent.parent
 # No result depends on how commands are read, nor on what is shown and compared.
@@ -33,6 +36,15 @@ def md5(path: Path) -> str:
     ]
     listing.sort(key=lambda entry: entry["relpath"])
     return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+
+def of_tensors(tensors: Mapping[str, "Tensor"]) -> str:
+    """Return 12 hex digits of the SHA-256 of tensors, with their names, shapes and types."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        total.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return total.hexdigest()[:12]
 
 
 def digest(tree: Mapping[str, Any]) -> str:

@@ -1,57 +1,59 @@
 """Stage 5: walk the CAMs; write data/random_walk.
 
-They are walked along AffinityNet's affinities: the final pseudo-labels (paper 4.1.6; spec 6).
+They are walked along AffinityNet's affinities, the final pseudo-labels (paper 4.1.6; spec 6), or
+along affinities of all patches that `train_cam`'s encoder gives without training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from isim import metrics, stage
 from isim.data import files, prepared
 from isim.data.prepared import Item
-from isim.models import affinity
+from isim.models import affinity, cam
 from isim.params import RandomWalk
 from isim.passes import counts, walks
 from isim.passes.counts import Confusions
+from isim.passes.each import Passed
+from isim.passes.walks import Stored
 from isim.runtime import atomic, devices
 from isim.stage import Stage
 
 CAPTIONS = {"walk": "random walk", "walk_crf": "walk + dCRF"}
+# Function of `passes.walks`: each takes networks of its own kind.
+_Walk = Callable[..., Passed]
 
 
 def run(params: RandomWalk, root: Path) -> None:
-    """Run the stage: data/cams and models/train_affinity to data/random_walk and reports.
+    """Run the stage: data/cams and a network of affinities to data/random_walk and reports.
 
-    The label maps of a split are in its folder, those after dCRF in `<split>_crf`. A split that
-    is part of it (train of trainaug) is reported apart, too. Raises UserError for no checkpoint,
-    no CAMs of a split, an unreadable file, a failed write.
+    It is models/train_affinity for affinity net, models/train_cam for others. The label maps of a
+    split are in its folder, those after dCRF in `<split>_crf`. A split that is part of it (train of
+    trainaug) is reported apart, too. Raises UserError for no checkpoint, no CAMs of a split, an
+    encoder without attention if that is wanted, an unreadable file, a failed write.
     """
     data = prepared.load(root)
     chosen = {split: data.split(split) for split in params.splits}
     for split in chosen:
         files.require_cams(root / "data/cams" / split)
-    network, config = affinity.load(root / "models/train_affinity/model.safetensors")
+    source, walk, (network, config) = _along(params, root)
+    probable = _are_probable(params, root)
     names = ("background", *data.classes)
 
-    reads = {path: root / path for path in ("data/prepared", "data/cams", "models/train_affinity")}
+    reads = {path: root / path for path in ("data/prepared", "data/cams", source)}
     with stage.opened("random_walk", params, root, reads=reads) as here:
         devices.place(network, here.device)
         figures: dict[str, dict[str, float]] = {}
         confusions: dict[str, Confusions] = {}
         for split, parts in counts.parts(chosen, counts.members(data.splits)).items():
-            done = walks.walk(
-                here,
-                network,
-                config,
-                chosen[split],
-                params=params,
-                cams=root / "data/cams" / split,
-                num_labels=len(names),
-            )
+            cams = Stored(root / "data/cams" / split, probable)
+            given = {"params": params, "cams": cams, "num_labels": len(names)}
+            done = walk(here, network, config, chosen[split], **given)
             square = (len(names), len(names))
             found = {
                 name: counts.totals(done.lines, name, square, parts)
@@ -65,8 +67,33 @@ def run(params: RandomWalk, root: Path) -> None:
                     figures[part] |= metrics.segmentation_figures(f"{name}_", confusion)
                 _tell(here, part, figures[part])
         here.publish({"labels": "data/random_walk"})
-        about = {"precision": here.precision, "map_stride": config.map_stride, **figures}
+        stride = {"map_stride": config.map_stride} if params.affinity == "net" else {}
+        about = {"affinity": params.affinity, "precision": here.precision, **stride, **figures}
         here.report(partial(_report, about, confusions, names), partial(_show, chosen, params))
+
+
+def _along(params: RandomWalk, root: Path) -> tuple[str, _Walk, tuple[nn.Module, Any]]:
+    """Choose the walk: where its network is from, the pass, and network and configuration."""
+    if params.affinity == "net":
+        source = "models/train_affinity"
+        return source, walks.walk, affinity.load(root / source / "model.safetensors")
+    source = "models/train_cam"
+    network, config = cam.load(root / source / "model.safetensors")
+    walks.require_attention(network, config, params)
+    return source, walks.walk_dense, (network, config)
+
+
+def _are_probable(params: RandomWalk, root: Path) -> bool:
+    """Tell whether CAMs are probabilities, where that matters: for a constant threshold.
+
+    A head or a decoder makes such (`FrozenNetwork.planes`, `inference.multi_scale_cams`).
+    """
+    path = root / "models/train_cam/model.safetensors"
+    # AffinityNet walks CAMs of any origin.
+    if params.background == "power" or not path.exists():
+        return False
+    _, config = cam.load(path)
+    return config.head_kind != "none" or config.decoder_labels
 
 
 def _tell(here: Stage, part: str, figures: Mapping[str, float]) -> None:

@@ -27,8 +27,13 @@ from isim.training.steps import AffinityStep
 def run(params: TrainAffinity, root: Path) -> None:
     """Run the stage: data/cams to data/affinity_labels, models/train_affinity and reports.
 
-    Raises UserError for unusable data, CAMs, weights or parameters, and a loss that is not finite.
+    Nothing is read or trained where the random walk takes another affinity than net: the outs are
+    there, without a checkpoint and labels. Raises UserError for unusable data, CAMs, weights or
+    parameters, and a loss that is not finite.
     """
+    if params.affinity != "net":
+        _skip(params, root)
+        return
     data = prepared.load(root)
     items = data.split(params.split)
     cams = root / "data/cams" / params.split
@@ -68,6 +73,23 @@ def run(params: TrainAffinity, root: Path) -> None:
             **figures,
         }
         here.report(partial(_report, about, epochs), partial(_show, items, params))
+
+
+def _skip(params: TrainAffinity, root: Path) -> None:
+    """Leave outs that say why there is nothing in them; DVC wants all of them."""
+    why = f"random_walk.affinity is {params.affinity}, which needs no AffinityNet"
+    with stage.opened("train_affinity", params, root, reads={}) as here:
+        here.once("models/skipped", lambda: {"skipped": why})
+        atomic.make_directory(here.resume / "labels")
+        here.publish({"models": "models/train_affinity", "labels": "data/affinity_labels"})
+        here.report(partial(_report_skipped, why))
+    tqdm.write(f"train_affinity: skipped, as {why}")
+
+
+def _report_skipped(why: str, here: Stage) -> None:
+    atomic.make_directory(here.reports / "pictures")
+    atomic.write_text(here.reports / "epochs.csv", "epoch\n")
+    atomic.write_json(here.reports / "metrics.json", {"skipped": why})
 
 
 def _report(about: Row, epochs: Sequence[Row], here: Stage) -> None:

@@ -10,17 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from isim import stage
-from isim.data import prepared
+from isim.data import label_sets, prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.models import cam, common, encoder
+from isim.models.cam import CamConfig, CamNetwork
+from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
-from isim.passes import classification, pseudo_labels, seeds
+from isim.passes import cams, classification, pseudo_labels, seeds
+from isim.passes.features import Features
 from isim.reporting import pictures, plots
 from isim.runtime import atomic, devices
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
-from isim.training import batches, loop, rounds
+from isim.training import batches, heads, loop, rounds
+from isim.training.frozen import FrozenRounds
 from isim.training.loop import Row
 from isim.training.rounds import Rounds
 from isim.training.steps import CamStep
@@ -36,7 +40,7 @@ def run(params: TrainCam, root: Path) -> None:
     data = prepared.load(root)
     items = data.split(params.split)
     held_out = () if params.eval_split == "none" else data.split(params.eval_split)
-    if params.method != "cam" and min(params.batch, len(items)) < 2:
+    if params.method not in ("cam", "frozen") and min(params.batch, len(items)) < 2:
         raise UserError("train_cam.batch: the decoder's batch statistics need at least 2 images")
     weights = resolve_path(params.weights, root)
     devices.seed_all(params.seed)
@@ -45,49 +49,138 @@ def run(params: TrainCam, root: Path) -> None:
     encoder.load(network, config, params.weights, weights)
 
     reads = {"data/prepared": root / "data/prepared", "weights": weights}
+    if params.start != "none":
+        reads["start"] = resolve_path(params.start, root)
+        label_sets.require_maps(reads["start"], items)
     with stage.opened("train_cam", params, root, reads=reads) as here:
         devices.place(network, here.device)
         shown = pictures.choose(items, params.pictures)
-        given = (here, network, config, items)
-        pictured = {item.id for item in shown}
-        regenerate = partial(pseudo_labels.regenerate, *given, params=params, pictured=pictured)
-        measure = partial(seeds.score, *given, params=params)
-        made = Rounds(here, network, config, params, regenerate, measure)
-        # One set for every round that there can be: loader processes know them from the start.
-        labels = [partial(_label, here, number) for number in range(1, params.epochs + 1)]
-        crops = batches.of_crops(items, config, params, here.device, labels=labels)
-        step = CamStep(here, network, params, crops.size)
-        classify = partial(classification.classify, here, network, config, longer_side=params.crop)
-
-        def also() -> Row:
-            return {f"val_{name}": value for name, value in classify(held_out).items()}
-
-        epochs: list[Row] = []
-        for epochs in loop.epochs(here, network, crops, step, also=also):
-            here.log_epoch(epochs)
-            if row := made.after_epoch(epochs):
-                _log(here, row, shown)
-            if made.rows and params.method != "cam":
-                crops.dataset.use_labels(len(made.rows) - 1)
-        common.save(here.resume / "models/model.safetensors", network, config)
-        # The figures of the epochs are of random crops, while the weights change.
-        final = here.once("final", lambda: classify(items))
+        given = {"items": items, "held_out": held_out, "shown": shown}
+        made: Rounds | FrozenRounds
+        if isinstance(network, FrozenNetwork):
+            made, final = _frozen(here, network, config, params, **given)
+        else:
+            made, final = _trained(here, network, config, params, **given)
+        common.save(here.resume / "models/model.safetensors", network, made.config)
         here.log("final_train", final)
         here.publish({"models": "models/train_cam", "pseudo_labels": "data/pseudo_labels"})
         about = {
             "method": params.method,
             "optimizer_profile": params.optimizer.profile,
             "weights_md5": here.hashes.get("weights"),
+            "supervision": encoder.supervision(params.encoder, params.weights),
             "precision": here.precision,
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
             "rounds": len(made.rows),
             **{name: made.rows[-1][name] for name in (*MIOUS, "masked_share")},
             # `train_` is of the last epoch's crops, `final_train_` and `val_` of whole images.
-            **{k: v for k, v in epochs[-1].items() if k.startswith(("train_", "val_"))},
+            **{k: v for k, v in made.epochs[-1].items() if k.startswith(("train_", "val_"))},
             **{f"final_train_{name}": value for name, value in final.items()},
         }
-        here.report(partial(_report, about, made, epochs), partial(_show, shown, len(made.rows)))
+        here.report(partial(_report, about, made), partial(_show, shown, len(made.rows)))
+
+
+def _trained(
+    here: Stage,
+    network: CamNetwork,
+    config: CamConfig,
+    params: TrainCam,
+    *,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    shown: Sequence[Item],
+) -> tuple[Rounds, Row]:
+    """Run the paper's loop; returns it and the classification figures of whole images."""
+    given = (here, network)
+    regenerate = partial(pseudo_labels.regenerate, *given, params=params)
+    measure = partial(seeds.score, *given, params=params)
+    made = Rounds(
+        here,
+        network,
+        config,
+        params,
+        lambda config, **names: regenerate(config, items, **names),
+        lambda config: measure(config, items),
+    )
+    # One set for every round that there can be: loader processes know them from the start.
+    folders = [_labels(here, number) for number in range(1, params.epochs + 1)]
+    folders.append(resolve_path(params.start, here.root))
+    labels = [partial(_file, folder) for folder in folders]
+    crops = batches.of_crops(items, config, params, here.device, labels=labels)
+    step = CamStep(here, network, params, crops.size)
+    classify = partial(classification.classify, here, network, config, longer_side=params.crop)
+
+    def also() -> Row:
+        return {f"val_{name}": value for name, value in classify(held_out).items()}
+
+    if params.start != "none":
+        crops.dataset.use_labels(len(labels) - 1)
+    for epochs in loop.epochs(here, network, crops, step, also=also):
+        here.log_epoch(epochs)
+        made.epochs = epochs
+        if row := made.after_epoch(epochs):
+            _log(here, row, shown)
+        if made.rows and params.method != "cam":
+            crops.dataset.use_labels(len(made.rows) - 1)
+    # The figures of the epochs are of random crops, while the weights change.
+    return made, here.once("final", lambda: classify(items))
+
+
+def _frozen(
+    here: Stage,
+    network: FrozenNetwork,
+    config: CamConfig,
+    params: TrainCam,
+    *,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    shown: Sequence[Item],
+) -> tuple[FrozenRounds, Row]:
+    """Run the loop on cached features; returns it and the classification figures of the images."""
+    cached = Features(here, network, config)
+    cached.prepare([*items, *held_out])
+    given = (here, network)
+
+    def at(threshold: float) -> TrainCam:
+        return params.model_copy(update={"threshold": threshold})
+
+    def regenerate(
+        config: CamConfig, name: str, threshold: float, refined: bool
+    ) -> pseudo_labels.Scores:
+        return pseudo_labels.regenerate(
+            *given,
+            config,
+            items,
+            params=at(threshold),
+            name=name,
+            refined=refined,
+        )
+
+    def measure(config: CamConfig, threshold: float) -> float:
+        return seeds.score(*given, config, items, params=at(threshold))
+
+    def classify(of: Sequence[Item], start: str) -> Row:
+        found = classification.frozen(cached, network, of)
+        return {f"{start}{name}": value for name, value in found.items()}
+
+    made = FrozenRounds(
+        here,
+        network,
+        config,
+        params,
+        heads.Patches(items, cached.of, here.device),
+        grids=lambda config: cams.grids(*given, config, items),
+        regenerate=regenerate,
+        measure=measure,
+        validate=lambda: classify(held_out, "val_"),
+    )
+    made.run()
+    for number in range(1, len(made.epochs) + 1):
+        here.log_epoch(made.epochs[:number])
+    for row in made.rows:
+        _log(here, row, shown)
+    return made, classify(items, "")
 
 
 def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
@@ -104,11 +197,11 @@ def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
             here.tracked.image(f"pictures/{item.id}", square, step=number)
 
 
-def _report(about: Row, made: Rounds, epochs: Sequence[Row], here: Stage) -> None:
+def _report(about: Row, made: Rounds | FrozenRounds, here: Stage) -> None:
     """Write a row a round, an epoch, a measurement and a class; the headline; plots."""
     columns = ("epoch", "round", *MIOUS)
     mious = [{column: row.get(column, "") for column in columns} for row in made.mious]
-    for name, rows in (("rounds", made.rows), ("epochs", epochs), ("miou", mious)):
+    for name, rows in (("rounds", made.rows), ("epochs", made.epochs), ("miou", mious)):
         atomic.write_csv(here.reports / f"{name}.csv", rows)
     atomic.write_json(here.reports / "metrics.json", about)
     here.table("per_class", made.per_class)
@@ -119,7 +212,7 @@ def _report(about: Row, made: Rounds, epochs: Sequence[Row], here: Stage) -> Non
     names = {"cam_miou": "CAM (before dCRF)", "pseudo_label_miou": "pseudo-label (after dCRF)"}
     plots.curves(made.rows, "round", names, "mIoU (%)", path=folder / "miou.png", scale=100)
     losses = {"classification_loss": "classification", "segmentation_loss": "segmentation"}
-    plots.curves(epochs, "epoch", losses, "loss", path=folder / "losses.png")
+    plots.curves(made.epochs, "epoch", losses, "loss", path=folder / "losses.png")
 
 
 def _show(shown: Sequence[Item], count: int, here: Stage) -> None:
@@ -129,14 +222,18 @@ def _show(shown: Sequence[Item], count: int, here: Stage) -> None:
         strips = [pictures.strip(item, _results(here, number, item)) for number in numbers]
         pictures.write_png(folder / f"{item.id}.png", np.concatenate(strips))
     if shown:
-        labels = [here.resume / "pseudo_labels" / rounds.name(number) for number in numbers]
+        labels = [_labels(here, number) for number in numbers]
         pictures.write_png(folder / "rounds.png", pictures.rounds_grid(shown, labels))
 
 
 def _results(here: Stage, number: int, item: Item) -> dict[str, Path]:
     cam_file = here.resume / rounds.name(number) / f"{item.id}.npz"
-    return {"CAM": cam_file, "pseudo-label": _label(here, number, item.id)}
+    return {"CAM": cam_file, "pseudo-label": _file(_labels(here, number), item.id)}
 
 
-def _label(here: Stage, number: int, id_: str) -> Path:
-    return here.resume / "pseudo_labels" / rounds.name(number) / f"{id_}.png"
+def _labels(here: Stage, number: int) -> Path:
+    return here.resume / "pseudo_labels" / rounds.name(number)
+
+
+def _file(folder: Path, id_: str) -> Path:
+    return folder / f"{id_}.png"

@@ -13,17 +13,23 @@ from isim import metrics, stage
 from isim.data import label_sets, prepared
 from isim.data.prepared import Item, Prepared
 from isim.errors import UserError
-from isim.models import common, segmenter
+from isim.models import common, encoder, segmenter
+from isim.models.frozen import FrozenNetwork
+from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter, label_set_path
 from isim.passes import counts, predictions, seeds
+from isim.passes.features import Features
 from isim.passes.predictions import Predicted
 from isim.reporting import plots
 from isim.runtime import atomic, devices
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
-from isim.training import batches, loop
+from isim.training import batches, heads, loop
 from isim.training.loop import Row
 from isim.training.steps import SegmenterStep
+
+# A patch has the label of more than half of it.
+HALF = 0.5
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
@@ -59,12 +65,11 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             here.tracked.tag("decoder_weights", "pixel supervision from the weights file")
         is_cam = name == "seeds"
         labels = seeds.write(here, items, stored, params.threshold) if is_cam else stored
-        label, scales = labels.__getitem__, (params.scale_min, params.scale_max)
-        crops = batches.of_crops(items, config, params, here.device, labels=[label], scales=scales)
-        crops.dataset.use_labels(0)
-        epochs: list[Row] = []
-        for epochs in loop.epochs(here, network, crops, SegmenterStep(here, network, params)):
-            here.log_epoch(epochs)
+        if isinstance(network, FrozenNetwork):
+            shown = [item for split in tested.values() for item in split]
+            epochs = _frozen(here, network, config, params, items=items, labels=labels, shown=shown)
+        else:
+            epochs = _trained(here, network, config, params, items=items, labels=labels)
         common.save(here.resume / "model/model.safetensors", network, config)
         found: dict[str, Predicted] = {}
         for split, parts in counts.parts(tested, counts.members(data.splits)).items():
@@ -82,6 +87,7 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             "label_set": name,
             "method": params.method,
             "encoder": params.encoder,
+            "supervision": encoder.supervision(params.encoder, params.weights),
             "weights_md5": here.hashes.get("weights"),
             "decoder_weights": decoder_weights,
             "precision": here.precision,
@@ -94,6 +100,54 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         here.report(
             partial(_report, about, epochs, found, names=names), partial(_show, tested, params)
         )
+
+
+def _trained(
+    here: Stage,
+    network: Segmenter,
+    config: SegmenterConfig,
+    params: TrainSegmenter,
+    *,
+    items: Sequence[Item],
+    labels: Mapping[str, Path],
+) -> list[Row]:
+    """Train encoder and head on crops; returns a row an epoch."""
+    label, scales = labels.__getitem__, (params.scale_min, params.scale_max)
+    crops = batches.of_crops(items, config, params, here.device, labels=[label], scales=scales)
+    crops.dataset.use_labels(0)
+    epochs: list[Row] = []
+    for epochs in loop.epochs(here, network, crops, SegmenterStep(here, network, params)):
+        here.log_epoch(epochs)
+    return epochs
+
+
+def _frozen(
+    here: Stage,
+    network: FrozenNetwork,
+    config: SegmenterConfig,
+    params: TrainSegmenter,
+    *,
+    items: Sequence[Item],
+    labels: Mapping[str, Path],
+    shown: Sequence[Item],
+) -> list[Row]:
+    """Train the head on cached features, which `shown` get, too; returns one row."""
+    cached = Features(here, network, config)
+    cached.prepare([*items, *shown])
+    patches = heads.Patches(items, cached.of, here.device)
+
+    def train() -> Row:
+        heads.fit(network, patches)
+        reduced = heads.label_grids(items, labels.__getitem__, patches.sizes, share=HALF)
+        given = (here, network, patches, reduced)
+        loss = heads.train_head(*given, params=params.head, seed=(params.seed,))
+        common.save(here.resume / "head/model.safetensors", network, config)
+        return {"loss": loss}
+
+    row = {"epoch": 1, **here.once("trained", train)}
+    heads.load(here, network, here.resume / "head/model.safetensors", segmenter.load)
+    here.log_epoch([row])
+    return [row]
 
 
 def _tested(params: TrainSegmenter, data: Prepared) -> dict[str, tuple[Item, ...]]:

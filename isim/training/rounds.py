@@ -4,7 +4,7 @@ After other epochs the CAMs may be measured, so that procedures can be compared.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -75,9 +75,11 @@ class Rounds:
     """Rounds and measurements of a training, those of an interrupted run included.
 
     A round's checkpoint is `models/<name>.safetensors` in the resume folder; `regenerate` makes
-    its pseudo-labels, given its `name`. `measure` scores the CAMs alone: their mIoU.
+    its pseudo-labels, given the configuration and its `name`. `measure` scores the CAMs alone:
+    their mIoU. A decoder that has learnt nothing yet gives no labels.
 
     Attributes:
+        epochs: Figures of each epoch.
         rows: Figures of each round, with `round` and `epoch`.
         per_class: A row a round and class.
         mious: Rows of rounds and of measurements, in order; the latter have no `round`.
@@ -88,7 +90,8 @@ class Rounds:
     config: cam.CamConfig
     params: TrainCam
     regenerate: Callable[..., Scores]
-    measure: Callable[[], float]
+    measure: Callable[[cam.CamConfig], float]
+    epochs: list[Row] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     per_class: list[Row] = field(default_factory=list)
     mious: list[Row] = field(default_factory=list)
@@ -115,7 +118,7 @@ class Rounds:
     def _make(self, number: int, epoch: int) -> dict[str, Any]:
         path = self.here.resume / "models" / f"{name(number)}.safetensors"
         common.save(path, self.network, self.config)
-        scores = self.regenerate(name=name(number))
+        scores = self.regenerate(self._labelling(), name=name(number))
         row = {"round": number, "epoch": epoch, **scores.row()}
         tqdm.write(
             f"{name(number)} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
@@ -126,6 +129,10 @@ class Rounds:
         return {"row": row, "per_class": [{"round": number, **entry} for entry in per_class]}
 
     def _measure(self, epoch: int) -> Row:
-        miou = self.measure()
+        miou = self.measure(self._labelling())
         tqdm.write(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
         return {"epoch": epoch, "cam_miou": miou}
+
+    def _labelling(self) -> cam.CamConfig:
+        learnt = bool(self.rows) or self.params.start != "none"
+        return replace(self.config, decoder_labels=self.config.decoder_labels and learnt)

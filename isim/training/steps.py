@@ -71,8 +71,9 @@ class Step(ABC):
 class CamStep(Step):
     """The ISIM loop (paper Algorithm 1, lines 6 and 9).
 
-    Up to `warmup_epochs`, and with method `cam` always, the classification loss only. `size` is
-    the number of images of a batch, over all processes.
+    Up to `warmup_epochs`, unless there are label maps to `start` from, and with method `cam`
+    always, the classification loss only. `size` is the number of images of a batch, over all
+    processes.
     """
 
     def __init__(self, here: Here, network: CamNetwork, params: TrainCam, size: int) -> None:
@@ -96,7 +97,8 @@ class CamStep(Step):
 
     def begin(self, epoch: int) -> None:
         """Decide whether the decoder learns in this epoch."""
-        self._segment = self._network.decoder is not None and epoch > self._params.warmup_epochs
+        labelled = epoch > self._params.warmup_epochs or self._params.start != "none"
+        self._segment = self._network.decoder is not None and labelled
         self._labels, self._logits = [], []
 
     def loss(self, batch: Batch) -> Loss:

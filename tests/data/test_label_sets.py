@@ -55,3 +55,12 @@ def test_the_last_round_is_the_one_of_the_highest_number(tmp_path):
         put(tmp_path / "data/pseudo_labels" / name, "a.png")
     found = label_sets.sources("last_round", "train", ITEMS, tmp_path)
     assert found == {"a": tmp_path / "data/pseudo_labels/round_100/a.png"}
+
+
+def test_maps_to_start_from_are_there_for_all_or_the_first_that_is_not_is_named(tmp_path):
+    put(tmp_path, "a.png", "b.png", "c.png")
+    label_sets.require_maps(tmp_path, ITEMS)
+    (tmp_path / "a.png").unlink()
+    words = rf"^train_cam\.start: {tmp_path} has no label map of 1 of 3 images, such as a\.png; "
+    with pytest.raises(UserError, match=words):
+        label_sets.require_maps(tmp_path, ITEMS)

@@ -147,7 +147,7 @@ def test_every_network_builds(combinations, monkeypatch):
     distinct = dict.fromkeys(pair for made in combinations for pair in networks(made))
     trained = [config for module, config in distinct if module is cam]
     assert len({config.encoder for config in trained}) == 7
-    assert {config.method for config in trained} == set(params.METHODS)
+    assert {config.method for config in trained} == set(params.METHODS) - {"frozen"}
     for module, config in distinct:
         module.build(config)
 

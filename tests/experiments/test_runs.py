@@ -80,6 +80,17 @@ def test_a_section_in_common_has_one_value_or_nothing_can_be_said(steps):
     assert lineage("e.json", train_cam=first, evaluate=last) == (whole if steps == 10 else None)
 
 
+@pytest.mark.parametrize("affinity", ["net", "cosine"])
+def test_a_value_of_another_section_is_that_section_s_or_nothing_can_be_said(affinity):
+    """`dvc repro --single-item random_walk` leaves what train_affinity made for another walk."""
+    first = stage({"train_affinity": {"seed": 0}, "random_walk.affinity": "net"}, {}, {"m": "2"})
+    last = stage({"random_walk": {"affinity": affinity}}, {"m": "2"}, {"w.json": "5"})
+    found = lineage("w.json", train_affinity=first, random_walk=last)
+    whole = {"train_affinity": {"seed": 0}, "random_walk": {"affinity": "net"}}
+    assert found == (whole if affinity == "net" else None)
+    assert lineage("m", train_affinity=first) == {"train_affinity": {"seed": 0}}
+
+
 def test_the_workspace_gives_the_reports_that_its_lock_names(tmp_path):
     texts = {
         "reports/a/metrics.json": '{"images": 3}',

@@ -14,7 +14,7 @@ import pytest
 from isim import cli
 from isim.experiments import cells, tables
 from isim.experiments.runs import Run
-from isim.params import SHARING_CRF
+from isim.params import SHARED
 
 PAPER = cells.load()
 TABLES = {table.name: table for table in PAPER.tables}
@@ -47,8 +47,11 @@ def run_of(cell, value, *, name="workspace", when=1.0, images=None, counts=None,
     lock, before = {}, {}
     # In the order of the pipeline; each reads what the one before wrote.
     for stage in [s for s in PAPER.stages if s in sections]:
-        names = (stage, "crf") if stage in SHARING_CRF else (stage,)
-        own = {key: sections[key] for key in names}
+        blocks = [block for block, carriers in SHARED.items() if stage in carriers]
+        # A figure's sections may lack a block that nothing of it depends on.
+        own = {key: sections[key] for key in (stage, *blocks) if key in sections}
+        if stage == "train_affinity":
+            own["random_walk.affinity"] = sections["random_walk"].get("affinity")
         after = {f"data/{stage}": f"{stage}-{own}"}
         written = {figure.file: f"{value}-{name}"} if stage == figure.stage else {}
         if stage == "prepare":
@@ -105,7 +108,7 @@ WALK = CAMS | named(
     NETWORK + "stride radius foreground_threshold background_threshold rate head_factor momentum "
     "weight_decay poly_power",
 )
-WALK |= named("random_walk", "beta steps_log2 background alpha")
+WALK |= named("random_walk", "affinity beta steps_log2 background alpha")
 REFINED = WALK | {"random_walk.crf_after"}
 SEGMENTER = REFINED | named(
     "train_segmenter",

@@ -29,6 +29,12 @@ def test_what_is_no_checkpoint_is_refused(name, tmp_path):
         check()
 
 
+def test_normalize():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    found = common.normalize(images, (0.0, 0.5, 0.1), (1.0, 0.25, 0.5))
+    assert found.flatten().tolist() == pytest.approx([0, 2, 0.2])
+
+
 def test_a_reason_is_one_line():
     assert common.reason(ValueError("first\nsecond")) == "first"
     assert common.reason(AssertionError()) == "AssertionError"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.networks import config_of, network_of
 from torchvision.transforms.v2 import functional as TF
 
-from isim.models.inference import multi_scale_cams, multi_scale_probabilities, normalize, upsample
+from isim.models.inference import multi_scale_cams, multi_scale_probabilities, upsample
 from isim.runtime import devices
 
 CONFIG = config_of("cam")
@@ -152,10 +152,28 @@ def test_images_of_one_size_share_a_batch(network):
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
-def test_normalize():
-    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    found = normalize(images, (0.0, 0.5, 0.1), (1.0, 0.25, 0.5))
-    assert found.flatten().tolist() == pytest.approx([0, 2, 0.2])
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_labels_of_the_decoder_equal_one_view_at_a_time(scales, flip):
+    """A plane is p_k / (p_k + p_0) of the decoder's softmax, the mean over the views."""
+    network = network_of("deeplabcam").eval().requires_grad_(False)
+    torch.nn.init.normal_(network.head[0].weight, std=0.3)
+    config = config_of("deeplabcam", decoder_labels=True)
+
+    def of_view(view, size):
+        odds = network(view, True)[1].softmax(1)
+        own = odds[:, [3, 1]]
+        return F.interpolate(own / (own + odds[:, :1]), size, mode="bilinear")
+
+    images = torch.stack([picture(), picture().flip(-2)])
+    ids = [torch.tensor([3, 1]), torch.zeros(0, dtype=torch.int64)]
+    found, none = multi_scale_cams(network, config, images, ids, scales=scales, flip=flip)
+    expected = plain(of_view, picture(), scales, flip).mean(0)
+    assert none.shape == (0, 80, 113) and expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    alone = partial(multi_scale_cams, scales=scales, flip=flip)
+    with pytest.raises(ValueError, match="decoder"):
+        alone(network_of("cam").eval(), config, images, ids)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (47, 33), (1, 5)])

@@ -19,6 +19,7 @@ from support.networks import (
     same,
     touched,
 )
+from support.vits import shrink
 
 from isim.errors import UserError
 from isim.models import affinity, cam, common, segmenter
@@ -27,8 +28,18 @@ from isim.models import affinity, cam, common, segmenter
 # strides.
 EVERY = tuple(dict.fromkeys((*cam.METHODS, *NAMES)))
 STRIDING = ("cam", *UNETS, "smp:Linknet", "affinity")
+# What one map is enough for, on plain vision transformers: patches of 16 and 14 pixels, rotations.
+ONE_STRIDE = ("cam", "deeplabcam", *SEGMENTERS, "affinity")
+VITS = ("test_vit", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3")
+ON_VITS = [
+    *((name, {"encoder": "test_vit"}) for name in ONE_STRIDE),
+    *((name, {"encoder": encoder}) for name in ONE_STRIDE[::2] for encoder in VITS[1:]),
+]
 CASES = [
     *((name, {}) for name in EVERY),
+    *ON_VITS,
+    *((name, {"encoder": VITS[1], "output_stride": 8}) for name in ONE_STRIDE),
+    *((name, {"encoder": VITS[0], "output_stride": 32}) for name in ("cam", "affinity")),
     *((name, {"encoder": encoder}) for name in NAMES for encoder in ENCODERS[1:]),
     *((name, {"output_stride": 8}) for name in (*STRIDING, *SEGMENTERS)),
     *((name, {"output_stride": 32}) for name in STRIDING),
@@ -40,7 +51,7 @@ CASES = [
 UNSUITABLE = [
     ("cpu", "cam", "densenet121", 16, ".*some serve at output_stride: 32 alone"),
     *(("cpu", name, "resnet10x", 16, "") for name in NAMES[:2] + NAMES[-4:]),
-    *(("cpu", name, "vit_tiny_patch16_224", 16, "") for name in NAMES[:2] + NAMES[-4:]),
+    *(("cpu", name, "test_vit_relpos", 16, "") for name in NAMES[:2] + NAMES[-4:]),
     # Its attention takes 8x8 blocks.
     *((device, "deeplabv2", "bat_resnext26ts", 16, "") for device in ("cpu", "meta")),
     ("meta", "deeplabv3", "bat_resnext26ts", 16, ""),
@@ -49,8 +60,14 @@ UNSUITABLE = [
 ]
 
 
-@pytest.fixture(params=NAMES)
-def name(request):
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+@pytest.fixture(params=[*((name, {}) for name in NAMES), *ON_VITS[: len(ONE_STRIDE) + 2]], ids=str)
+def case(request):
+    """Name of a network, and changes of its configuration."""
     return request.param
 
 
@@ -89,6 +106,7 @@ def test_images_of_any_size_have_their_maps_whatever_is_beside_them(name, change
     [
         *((name, {}) for name in EVERY),
         *((name, {"encoder": "mobilenetv2_100"}) for name in (*SEGMENTERS, "affinity")),
+        *ON_VITS,
     ],
     ids=str,
 )
@@ -106,8 +124,9 @@ def test_every_part_learns_at_an_odd_size(name, changes):
     assert sum(counts) == len(list(network.parameters()))
 
 
-def test_a_step_in_bf16_has_maps_in_fp32(name):
-    network = network_of(name)
+def test_a_step_in_bf16_has_maps_in_fp32(case):
+    name, changes = case
+    network = network_of(name, **changes)
     with torch.autocast("cpu", torch.bfloat16):
         found = outputs(network, images(64, 64))
     maps = [each for each in found.values() if each.ndim == 4]
@@ -135,9 +154,10 @@ def test_frozen_statistics_stay_and_the_others_follow_the_batch(name, norm):
     assert not any(module.training for module in network.eval().modules())
 
 
-def test_a_checkpoint_holds_all_that_is_needed(name, tmp_path):
-    config, path = config_of(name), tmp_path / "model.safetensors"
-    network = network_of(name)
+def test_a_checkpoint_holds_all_that_is_needed(case, tmp_path):
+    name, changes = case
+    config, path = config_of(name, **changes), tmp_path / "model.safetensors"
+    network = network_of(name, **changes)
     outputs(network, images(64, 64))  # Moves the statistics.
     common.save(path, network, config)
     loaded, read = module_of(config).load(path)
@@ -146,25 +166,30 @@ def test_a_checkpoint_holds_all_that_is_needed(name, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_it_is_built_and_computes_on_the_meta_device_too(name):
+def test_it_is_built_and_computes_on_the_meta_device_too(case):
+    name, changes = case
     with torch.device("meta"):
-        network = network_of(name)
+        network = network_of(name, **changes)
     assert network.training and all(parameter.is_meta for parameter in network.parameters())
     # AffinityNet's stem does not learn.
     kept = {key.split(".")[2] for key, p in network.named_parameters() if not p.requires_grad}
-    assert kept == ({"conv1", "bn1"} if name == "affinity" else set())
+    stem = {"cls_token", "pos_embed", "patch_embed"} if changes else {"conv1", "bn1"}
+    assert kept == (stem if name == "affinity" else set())
     found = outputs(network, images(61, 47).to("meta"))
     assert all(found[key].shape == shape for key, shape in shapes(network, 61, 47).items())
 
 
-def test_trying_it_out_leaves_no_trace(name, monkeypatch):
+def test_trying_it_out_leaves_no_trace(case, monkeypatch):
     """Neither in the statistics nor in what is drawn: results of a seed must not change."""
-    network = network_of(name)
+    name, changes = case
+    network = network_of(name, **changes)
     after = torch.get_rng_state()
     for key, buffer in network.named_buffers():
+        if key.endswith(".periods"):
+            continue  # of rotations
         assert buffer.eq(1 if key.endswith("running_var") else 0).all(), key
     monkeypatch.setattr(common, "try_out", lambda *_: torch.empty(3, 5))
-    assert same(network_of(name), copied(network))
+    assert same(network_of(name, **changes), copied(network))
     assert torch.equal(torch.get_rng_state(), after)
 
 
@@ -176,6 +201,15 @@ def test_an_encoder_that_cannot_serve_is_refused_when_built(device, name, encode
     with torch.device(device), pytest.raises(UserError, match=f"{words}.*_100{end}") as caught:
         module_of(config).build(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [name for name in cam.METHODS if name not in ONE_STRIDE])
+def test_decoders_of_several_strides_are_refused_on_plain_vision_transformers(method):
+    config = config_of(method, encoder="vit_small_patch14_dinov2")
+    words = rf"^train_cam\.method: {method} .*'{config.encoder}'.*one stride.*; choose .*deeplabcam"
+    with pytest.raises(UserError, match=words) as caught:
+        cam.build(config)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("name", ["cam", "unetcam_bilinear", "deeplabv2"])

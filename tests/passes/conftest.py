@@ -6,12 +6,17 @@ from importlib import import_module
 import pytest
 import torch
 from support import images
-from support.networks import config_of, network_of
+from support.networks import config_of, frozen_network_of, network_of
 
 from isim.data import files
 from isim.passes import stream
+from isim.passes.features import Features
+from isim.passes.walks import Stored
 from isim.runtime import devices
 from isim.runtime.here import Here
+
+# Kinds that have a frozen one beside them.
+FROZEN = {"cam": "frozen", "deeplabv2": "frozen_segmenter"}
 
 
 @pytest.fixture(scope="session")
@@ -35,22 +40,30 @@ def models():
     torch.nn.init.normal_(found["cam"][0].classifier.weight)
     for branch in found["deeplabv2"][0].head.branches:
         torch.nn.init.normal_(branch.weight, std=0.1)
+    for name in FROZEN.values():
+        found[name] = frozen_network_of(name), config_of(name)
     return found
 
 
 @pytest.fixture(scope="session")
 def run(items, stored, models, tiny):
-    """A function that runs a pass, `module.function`, in a folder; `changes` are of its section."""
+    """A function that runs a pass, `module.function`, in a folder.
+
+    `changes` are of its section, or arguments of its own. `module.function frozen` is by a frozen
+    network, whose features are prepared first.
+    """
     ids = [item.id for item in items]
     split = {"split": "train", "parts": {"train": frozenset(ids), "inner": frozenset(ids[:3])}}
     scored = {"folder": stored, "num_labels": 4, "parts": split["parts"]}
+    walked = {"cams": Stored(stored), "num_labels": 4}
     seeded = {"stored": {id_: stored / f"{id_}.npz" for id_ in ids}, "threshold": 0.3}
     # Network, section of the parameters, and what else it is given.
     passes = {
-        "pseudo_labels.regenerate": ("cam", "train_cam", {"name": "a", "pictured": ids[1:3]}),
+        "pseudo_labels.regenerate": ("cam", "train_cam", {"name": "a"}),
         "stored_cams.export": ("cam", "export_cams", {"split": "train"}),
         "affinity_labels.make": ("", "train_affinity", {"cams": stored, "num_labels": 4}),
-        "walks.walk": ("affinity", "random_walk", {"cams": stored, "num_labels": 4}),
+        "walks.walk": ("affinity", "random_walk", walked),
+        "walks.walk_dense": ("cam", "random_walk", walked),
         "predictions.predict": ("deeplabv2", "train_segmenter", split),
         "scores.cams": ("", "evaluate", scored | {"pictured": ids[1:2]}),
         "scores.labels": ("", "", scored),
@@ -60,12 +73,21 @@ def run(items, stored, models, tiny):
     }
 
     def run(name, folder, items=items, **changes):
+        name, _, frozen = name.partition(" ")
         network, section, options = passes[name]
+        if frozen:
+            network = FROZEN[network]
+            Features(Here(folder, "fp32"), *models[network]).prepare(items)
         if section:
-            options = options | {"params": getattr(tiny, section).model_copy(update=changes)}
+            own = {"affinity": "cosine"} if name == "walks.walk_dense" else {}
+            section = getattr(tiny, section)
+            own |= {key: changes.pop(key) for key in changes.keys() & type(section).model_fields}
+            options = options | {"params": section.model_copy(update=own)}
         module, function = name.split(".")
         function = getattr(import_module(f"isim.passes.{module}"), function)
-        return function(Here(folder, "fp32"), *models.get(network, ()), items=items, **options)
+        return function(
+            Here(folder, "fp32"), *models.get(network, ()), items=items, **options, **changes
+        )
 
     return run
 

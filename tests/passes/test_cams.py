@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.images import opened
+from support.networks import config_of, frozen_network_of
+from support.vits import shrink
 
+from isim.models import frozen
 from isim.models.inference import multi_scale_cams
 from isim.passes import cams
+from isim.passes.features import Features
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -18,3 +23,32 @@ def test_cams_are_those_of_each_image_alone(here, models, items, tiny):
         (alone,) = multi_scale_cams(*models["cam"], opened(item)[1], ids, **scales)
         # The network is folded for inference, which rounds otherwise.
         torch.testing.assert_close(planes, alone, rtol=0, atol=1e-3)
+
+
+WALK = {"tau": 0.1, "beta": 3.0, "temperature": 1.0, "steps": 2}
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("affinity", ["none", "cosine", "attention"])
+def test_cams_of_a_frozen_network_are_its_planes(affinity, here, items, tiny, monkeypatch):
+    """On the grid, and of full size; the attention of each image is its own."""
+    shrink(monkeypatch)
+    changes = {"encoder": "test_vit", "sides": (64,), "stages": 1, "affinity": affinity, **WALK}
+    network, config = frozen_network_of(**changes), config_of("frozen", **changes)
+    Features(here, network, config).prepare(items)
+    small = {item.id: planes for item, planes in cams.grids(here, network, config, items)}
+    assert list(small) == ["00", "03", "05", "02", "01", "06", "04"]
+    for item, planes in cams.cams(here, network, config, items, settings=tiny.train_cam):
+        pixels, ids = opened(item)[1], torch.from_numpy(item.class_ids)
+        maps = frozen.features(network.encoder, config, pixels)[0]
+        attention = None
+        if affinity == "attention":
+            attention = frozen.attention(network.encoder, config, pixels)[0]
+        expected = network.planes(maps, ids, config, attention)
+        # Features are kept in half precision.
+        torch.testing.assert_close(small[item.id], expected, rtol=0, atol=0.02)
+        size = tuple(pixels.shape[2:])
+        assert planes.shape == (len(ids), *size)
+        if len(ids):
+            grown = F.interpolate(small[item.id][None], size, mode="bilinear")[0]
+            torch.testing.assert_close(planes, grown, rtol=0, atol=1e-6)

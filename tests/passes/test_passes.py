@@ -10,9 +10,11 @@ from isim.errors import UserError
 from isim.passes.journal import Journal
 
 KEPT = ["affinity_labels.make", "predictions.predict", "pseudo_labels.regenerate", "scores.cams"]
-KEPT += ["scores.labels", "seeds.write", "stored_cams.export", "walks.walk"]
+KEPT += ["scores.labels", "seeds.write", "stored_cams.export", "walks.walk", "walks.walk_dense"]
+BY_FROZEN = ("predictions.predict", "pseudo_labels.regenerate", "stored_cams.export")
+KEPT += [f"{name} frozen" for name in BY_FROZEN]
 # The results of others are gone with the run anyway.
-ALL = [*KEPT, "classification.classify", "seeds.score"]
+ALL = [*KEPT, "classification.classify", "seeds.score", "seeds.score frozen"]
 TIMES = r"'(seconds|images_per_second)': [\d.e+-]+"
 
 
@@ -62,5 +64,6 @@ def test_without_masks_it_makes_the_same_and_counts_nothing(name, run, whole, tm
     assert len(list(tmp_path.rglob("*.jsonl"))) == (name in KEPT)
     assert files == expected_files or name == "scores.cams"
     assert (result == expected) == (name in ("seeds.write", "classification.classify"))
+    name = name.removesuffix(" frozen")
     assert ("nan" in result) == (name in ("affinity_labels.make", "seeds.score"))
     assert name != "stored_cams.export" or "miou" not in result

@@ -21,6 +21,12 @@ def test_a_stage_without_networks_loads_no_torch():
     assert "torch" not in done.stdout.split()
 
 
+def test_a_cache_is_the_project_s_where_there_is_one(tmp_path):
+    resume = tmp_path / ".isim/resume/train_segmenter/round_02/0123"
+    assert Here(resume).cache == tmp_path / ".isim"
+    assert Here(tmp_path / "resume").cache == tmp_path / "resume"
+
+
 def test_figures_are_made_once(tmp_path, monkeypatch):
     here, made = Here(tmp_path), []
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from support.projects import read_report
-from support.sections import changed
+from support.sections import changed, of_frozen
 
 from isim.runtime import devices
 
@@ -21,6 +21,17 @@ def finished(finished_project, tmp_path, recorder):
     """A finished project of the test's own."""
     shutil.copytree(finished_project, tmp_path / "project")
     return tmp_path / "project"
+
+
+@pytest.fixture(scope="session")
+def by_frozen(copies, record, run, tiny):
+    """A project after train_cam and export_cams by method frozen; never change it, copy it."""
+    root = copies()
+    with pytest.MonkeyPatch.context() as monkeypatch, devices.intra_op_threads(1):
+        record(monkeypatch)
+        run("train_cam", root, **of_frozen(tiny.train_cam, crf_every_round=True))
+        run("export_cams", root)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Stage train_affinity: what it leaves, what it learns, and where it starts."""
 
+import json
+import shutil
+
 import torch
 from support.projects import items_of, names_in, put_true_cams, read_report, read_rows
 
@@ -36,3 +39,18 @@ def test_the_encoder_of_train_cam_is_a_start(run, finished):
     trained, _ = cam.load(finished / "models/train_cam/model.safetensors")
     for name, value in trained.encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value), name
+
+
+def test_nothing_is_trained_where_the_walk_takes_another_affinity(run, finished, capsys):
+    """All outs are there, as DVC wants them, and neither CAMs nor weights are looked at."""
+    shutil.rmtree(finished / "data/cams")
+    reports = finished / "reports/train_affinity"
+    before = names_in(reports)
+    report = run("train_affinity", finished, affinity="cosine", weights="gone")
+    why = "random_walk.affinity is cosine, which needs no AffinityNet"
+    assert report == {"skipped": why}
+    assert capsys.readouterr().out == f"train_affinity: skipped, as {why}\n"
+    (note,) = (finished / "models/train_affinity").iterdir()
+    assert json.loads(note.read_text()) == report and note.name == "skipped.json"
+    assert names_in(finished / "data/affinity_labels") == names_in(reports / "pictures") == set()
+    assert names_in(reports) == before and read_rows(reports / "epochs.csv") == []

@@ -1,11 +1,18 @@
 """Stage train_cam: what it leaves, and what its settings change."""
 
+import shutil
+
 import numpy as np
 import pytest
-from support.projects import items_of, names_in, read_report, read_rows
+from safetensors.torch import save_file
+from support.projects import confusion_of, drop_masks, items_of, names_in, read_report, read_rows
+from support.sections import of_frozen
 
+from isim import metrics
+from isim.data.files import read_cam
+from isim.errors import UserError
 from isim.models import cam
-from isim.passes import classification
+from isim.passes import classification, features
 from isim.runtime.here import Here
 
 ROUNDS = ("round_01", "round_02")
@@ -15,6 +22,11 @@ SPEED = {"seconds", "images_per_second", "waiting_share"}
 def tables_of(root):
     names = ("rounds", "epochs", "miou", "per_class")
     return {name: read_rows(root / f"reports/train_cam/{name}.csv") for name in names}
+
+
+def labels_of(root, name="round_01"):
+    folder = root / "data/pseudo_labels" / name
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def when(rows):
@@ -95,3 +107,108 @@ def test_rounds_by_convergence(run, project):
     rule = {"round_rule": "convergence", "cap": 50, "patience": 1, "tolerance": 0.99}
     run("train_cam", project, epochs=4, **rule)
     assert when(tables_of(project)["rounds"]) == [("1", "1"), ("3", "2")]
+
+
+def test_method_frozen_leaves_what_every_method_leaves(by_frozen):
+    heads = [
+        cam.load(by_frozen / f"models/train_cam/{name}.safetensors")[0].head
+        for name in ("classifier", *ROUNDS, "model")
+    ]
+    assert heads[0] is None
+    weights = [tuple(head.scores.weight.flatten().tolist()) for head in heads[1:]]
+    assert weights[0] != weights[1] == weights[2]
+    report, tables = read_report(by_frozen, "train_cam"), tables_of(by_frozen)
+    assert (report["method"], report["images"], report["rounds"]) == ("frozen", 16, 2)
+    assert report["supervision"] == "none (random)"
+    assert when(tables["rounds"]) == [("2", "1"), ("3", "2")]
+    assert when(tables["miou"]) == [("1", ""), *when(tables["rounds"])]
+    assert [row["epoch"] for row in tables["epochs"]] == ["1", "2", "3"]
+    items = items_of(by_frozen)
+    for name, row in zip(ROUNDS, tables["rounds"], strict=True):
+        folder = by_frozen / "data/pseudo_labels" / name
+        assert names_in(folder) == {item.id for item in items}
+        miou = metrics.miou(confusion_of(items, folder))
+        assert float(row["pseudo_label_miou"]) == pytest.approx(miou)
+    for split in ("final_train", "val"):
+        assert 0 <= report[f"{split}_element_accuracy"] <= 1
+    pictures = names_in(by_frozen / "reports/train_cam/pictures")
+    assert {"rounds", "miou", "losses"} < pictures and len(pictures) == 3 + 2
+    # Features of 16 images and of 8 held-out ones, for whatever comes next.
+    assert len(list(by_frozen.glob(".isim/features/*/*.npy"))) == 16 + 8
+    assert not (by_frozen / ".isim/resume/train_cam").exists()
+
+
+def test_cams_of_method_frozen_are_exported(by_frozen):
+    report = read_report(by_frozen, "export_cams")
+    network, config = cam.load(by_frozen / "models/train_cam/model.safetensors")
+    for split, count in (("train", 16), ("val", 8)):
+        items = items_of(by_frozen, split)
+        assert report[split]["images"] == len(items) == count
+        for item in items:
+            planes, ids, size = read_cam(by_frozen / f"data/cams/{split}/{item.id}.npz")
+            assert (ids == item.class_ids).all() and size == (64, 64)
+            assert (
+                planes.shape == (len(ids), 16, 16) and (planes >= 0).all() and (planes <= 1).all()
+            )
+    assert config.head_kind == "mlp" and network.head is not None
+
+
+def test_another_seed_and_threshold_of_method_frozen_compute_no_features(
+    by_frozen, copies, run, recorder, tiny, monkeypatch
+):
+    root, changes = copies(by_frozen), of_frozen(tiny.train_cam, rounds=0, threshold=0.4)
+    network, _ = cam.load(root / "models/train_cam/model.safetensors")
+    # Random weights are other ones for every seed.
+    save_file(network.encoder.model.state_dict(), root / "w.safetensors")
+    monkeypatch.setattr(features.frozen, "features", lambda *_: pytest.fail("computed again"))
+    report = run("train_cam", root, seed=1, weights="w.safetensors", **changes)
+    assert report["rounds"] == 1 and names_in(root / "data/pseudo_labels") == {"round_01"}
+    network, config = cam.load(root / "models/train_cam/model.safetensors")
+    assert network.head is None and config.affinity == "cosine"
+    assert {step for name, step in recorder.figures if name == "cam_miou"} == {1}
+
+
+def test_method_frozen_needs_no_masks(run, project, tiny):
+    for split in ("train", "val"):
+        drop_masks(project, split)
+    report = run("train_cam", project, **of_frozen(tiny.train_cam, rounds=1))
+    assert report["scored_images"] == 0 and report["cam_miou"] is None
+    assert len(names_in(project / "data/pseudo_labels/round_01")) == 16
+    rows = read_rows(project / "reports/train_cam/miou.csv")
+    assert {row["cam_miou"] for row in rows} == {"nan"}
+
+
+def test_attention_of_a_convolutional_encoder_is_refused(run, project, tiny):
+    changes = of_frozen(tiny.train_cam, affinity="attention")
+    with pytest.raises(UserError, match="affinity attention needs a plain vision transformer"):
+        run("train_cam", project, **changes)
+    assert not (project / "data/pseudo_labels").exists()
+
+
+def test_the_loop_starts_where_the_frozen_one_ended(by_frozen, copies, run, recorder):
+    """The decoder learns from the first epoch on, and labels the first round."""
+    root = copies(by_frozen)
+    shutil.copytree(root / "data/pseudo_labels/round_02", root / "start")
+    run("train_cam", root, method="deeplabcam", start="start", decoder_labels=True, epochs=2)
+    epochs = tables_of(root)["epochs"]
+    assert all(float(row["segmentation_loss"]) > 0 for row in epochs)
+    assert when(tables_of(root)["rounds"]) == [("1", "1")]
+    labels = labels_of(root)
+    config = cam.load(root / "models/train_cam/model.safetensors")[1]
+    assert config.decoder_labels
+    # Those of the classifier's CAMs are others.
+    run("train_cam", root, method="deeplabcam", start="start", epochs=2)
+    assert labels.keys() == labels_of(root).keys() and labels != labels_of(root)
+
+
+def test_maps_to_start_from_must_be_there(run, project):
+    (project / "start").mkdir()
+    with pytest.raises(UserError, match=r"^train_cam\.start: .* has no label map of 16 of 16 im"):
+        run("train_cam", project, start="start")
+    assert not (project / "data/pseudo_labels").exists()
+
+
+def test_labels_of_a_decoder_need_one(tiny):
+    values = tiny.train_cam.model_dump() | {"method": "cam", "decoder_labels": True}
+    with pytest.raises(ValueError, match="decoder_labels: method cam has no decoder; use deepl"):
+        type(tiny.train_cam).model_validate(values)

@@ -6,10 +6,13 @@ import pytest
 from safetensors.torch import save_file
 from support import projects
 from support.networks import network_of
+from support.sections import of_frozen
 
+from isim import metrics
 from isim.models import segmenter
-from isim.passes import seeds
+from isim.passes import predictions, seeds
 from isim.runtime import devices
+from isim.training import heads
 
 NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
 SPEED = ("seconds", "images_per_second", "waiting_share")
@@ -100,3 +103,52 @@ def test_seeds_are_cut_at_the_threshold_and_weights_of_a_decoder_recorded(
     assert report["decoder_weights"] == {"missing": [], "unexpected": []}
     cams = {i.id: finished / f"data/cams/train/{i.id}.npz" for i in projects.items_of(finished)}
     assert used == [(cams, 0.6)]
+
+
+def test_method_frozen_predicts_by_a_head_on_the_features(by_frozen, copies, run, recorder, tiny):
+    root = copies(by_frozen)
+    projects.put_inner_split(root, 3, "val")
+    known = {path.name for path in root.glob(".isim/features/*/*.npy")}
+    report = run("train_segmenter", root, "last_round", **of_frozen(tiny.train_segmenter))
+    assert (report["method"], report["labels"]) == ("frozen", "round_02")
+    assert report["supervision"] == "none (random)"
+    # The loop has computed the features.
+    assert {path.name for path in root.glob(".isim/features/*/*.npy")} == known
+    network, config = segmenter.load(root / "models/train_segmenter/last_round/model.safetensors")
+    assert config.head_kind == "mlp" and len(config.classes) == 5
+    assert network.classifier.weight.any() and network.centre.any()
+    (epoch,) = projects.read_rows(root / "reports/train_segmenter/last_round/epochs.csv")
+    assert epoch["epoch"] == "1" and float(epoch["loss"]) == report["loss"] > 0
+    for part, count in (("val", 8), ("inner", 3)):
+        items, figures = projects.items_of(root, part), report["splits"][part]
+        assert figures["images"] == len(items) == count
+        for crf, prefix in (("", ""), ("_crf", "crf_")):
+            confusion = projects.confusion_of(items, root / f"data/predictions/last_round/val{crf}")
+            assert figures[f"{prefix}miou"] == pytest.approx(metrics.miou(confusion))
+    assert {"loss", "val_miou", "val_crf_miou"} <= {key for key, _ in recorder.figures}
+
+
+def test_method_frozen_goes_on_after_its_head_was_trained(
+    by_frozen, copies, run, recorder, tiny, monkeypatch
+):
+    whole, root, found = copies(by_frozen), copies(by_frozen), {}
+    changes = of_frozen(tiny.train_segmenter)
+    run("train_segmenter", whole, "ground_truth", **changes)
+    for module, name in ((heads, "label_grids"), (heads, "train_head"), (predictions, "predict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run("train_segmenter", root, "ground_truth", **changes)
+    monkeypatch.setattr(heads, "train_head", lambda *_, **__: pytest.fail("trained again"))
+    run("train_segmenter", root, "ground_truth", **changes)
+    for project in (whole, root):
+        outs = [
+            *project.glob("models/train_segmenter/*/*"),
+            *project.glob("data/predictions/*/*/*"),
+        ]
+        found[project] = {path.relative_to(project): path.read_bytes() for path in outs}
+    assert found[whole] == found[root] and len(found[root]) == 1 + 2 * 8
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt

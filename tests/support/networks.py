@@ -1,4 +1,7 @@
-"""Small networks of every kind with random weights, by name: their method, or `affinity`."""
+"""Small networks of every kind with random weights, by name: their method, or `affinity`.
+
+Method frozen has two: `frozen` of the loop and `frozen_segmenter`.
+"""
 
 import sys
 
@@ -18,6 +21,8 @@ NAMES = (*CAM_METHODS, *SEGMENTERS, "affinity")
 
 def config_of(name, **changes):
     """Configuration of a network on resnet10t at output stride 16, but for `changes`."""
+    if name.startswith("frozen"):
+        return _frozen_config(name, **changes)
     values = {"encoder": "resnet10t", "output_stride": 16}
     values |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     if name == "affinity":
@@ -27,6 +32,16 @@ def config_of(name, **changes):
     if name in SEGMENTERS:
         return segmenter.SegmenterConfig(**values | changes)
     return cam.CamConfig(**values | {"atrous_rates": (1, 2, 3)} | changes)
+
+
+def _frozen_config(name, **changes):
+    values = {"method": "frozen", "encoder": "test_efficientnet", "output_stride": 16}
+    values |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "encoder_norm": "frozen"}
+    values |= {"classes": CLASSES, "decoder_channels": 1, "sides": (64,), "stages": 2}
+    values |= {"head_kind": "mlp", "head_width": 8} | changes
+    if name == "frozen_segmenter":
+        return segmenter.SegmenterConfig(**values)
+    return cam.CamConfig(**{"atrous_rates": (1, 2, 3)} | values)
 
 
 def module_of(config):
@@ -39,6 +54,18 @@ def network_of(name, seed=0, **changes):
     torch.manual_seed(seed)
     config = config_of(name, **changes)
     return module_of(config).build(config)
+
+
+def frozen_network_of(name="frozen", **changes):
+    """Network of method frozen as if trained: features of any scale, scores of both signs."""
+    network = network_of(name, **changes).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    network.centre.normal_(std=0.02, generator=generator)
+    network.spread.uniform_(0.03, 0.06, generator=generator)
+    for part in (network.classifier, network.head):
+        for weight in () if part is None else part.parameters():
+            weight.normal_(std=0.3, generator=generator)
+    return network
 
 
 def images(*size, count=2):

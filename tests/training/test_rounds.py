@@ -132,8 +132,8 @@ def test_rounds_and_measurements_are_made_once(tmp_path, tiny, monkeypatch, caps
             None,
             config_of("cam"),
             changed(tiny.train_cam, **changes),
-            lambda name: calls.append(name) or SCORES,
-            lambda: calls.append("measured") or 0.25,
+            lambda _, name: calls.append(name) or SCORES,
+            lambda _: calls.append("measured") or 0.25,
         )
         return rounds, [rounds.after_epoch(losses[:epoch]) for epoch in range(1, count + 1)]
 
@@ -154,3 +154,23 @@ def test_rounds_and_measurements_are_made_once(tmp_path, tiny, monkeypatch, caps
     # Every other epoch, or never; a round is a measurement, too.
     for every, expected in ((2, [1, 2, 3, 4]), (0, [1, 3])):
         assert [row["epoch"] for row in run(5, every)[1] if row] == expected
+
+
+@pytest.mark.parametrize(("start", "first"), [("none", False), ("labels", True)])
+def test_labels_come_from_a_decoder_that_has_learnt(start, first, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(common, "save", lambda *_: None)
+    used = []
+    changes = {"epochs": 5, "warmup_epochs": 2, "round_every": 2, "score_every": 1}
+    rounds = Rounds(
+        Here(tmp_path),
+        None,
+        config_of("deeplabcam", decoder_labels=True),
+        changed(tiny.train_cam, start=start, **changes),
+        lambda config, name: used.append(config.decoder_labels) or SCORES,
+        lambda config: used.append(config.decoder_labels) or 0.25,
+    )
+    for epoch in range(1, 6):
+        rounds.after_epoch(rows_of([(1.0, 1.0)] * epoch))
+    # The warm-up's measurement and the first round, then what has learned from its labels.
+    assert used == [first, first, True, True, True]
+    assert [row.get("round") for row in rounds.mious] == [None, 1, None, 2, None]

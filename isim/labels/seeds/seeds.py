@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from isim.metrics import BACKGROUND
+from isim.metrics import BACKGROUND, IGNORE
 
 
 def peak(
@@ -46,3 +46,35 @@ def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float
     for plane, out in zip(planes, grown, strict=True):
         cv2.resize(plane, (width, height), out, interpolation=cv2.INTER_LINEAR)
     return grown
+
+
+def otsu(heights: NDArray[np.float32]) -> float:
+    """Choose the threshold (N. Otsu, 1979) that parts heights in [0, 1] into two classes best.
+
+    It maximises the variance between the classes of a histogram of 256 bins; 0.5 for heights that
+    are all of one bin.
+    """
+    counts, edges = np.histogram(heights, 256, (0, 1))
+    below = np.cumsum(counts)[:-1].astype(np.float64)
+    above = heights.size - below
+    sums = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        apart = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2
+    if not np.isfinite(apart).any():
+        return 0.5
+    return float(edges[1:-1][np.nanargmax(apart)])
+
+
+def reduced(label: NDArray[np.uint8], size: tuple[int, int], share: float) -> NDArray[np.uint8]:
+    """Reduce a label map (H, W) to the patches of a grid `size` (h, w): (h * w,) uint8.
+
+    A patch gets the label that covers more than `share` of it, and IGNORE where none does.
+    """
+    best = np.full(size, IGNORE, np.uint8)
+    most = np.full(size, share, np.float32)
+    for value in np.unique(label[label != IGNORE]):
+        plane = (label == value).astype(np.float32)
+        covered = cv2.resize(plane, size[::-1], interpolation=cv2.INTER_AREA)
+        best[covered > most] = value
+        most = np.maximum(most, covered)
+    return best.ravel()

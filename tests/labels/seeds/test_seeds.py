@@ -50,3 +50,66 @@ def test_equals_the_argmax_below_a_constant_plane(seed, cam, threshold):
     expected = np.array([0, 2, 5, 254])[np.concatenate([plane, cam]).argmax(0)]
     found = seed(cam, ids, threshold)
     assert found.dtype == np.uint8 and (found == expected).all()
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1, width=32)),
+    st.sampled_from([1, 4, 10]),
+)
+@settings(deadline=None)
+def test_otsu_parts_the_bins_with_the_most_variance_between(heights, levels):
+    """Against a search over all edges; with few levels there are ties, and bins of one kind."""
+    heights = np.round(heights * levels) / np.float32(levels)
+    bins = np.minimum((heights * 256).astype(int), 255)
+    centres = (bins + 0.5) / 256
+
+    def apart(edge):
+        low, high = centres[bins < edge], centres[bins >= edge]
+        return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+
+    edges = [edge for edge in range(1, 256) if 0 < (bins < edge).sum() < len(bins)]
+    found = seeds.otsu(heights)
+    if edges:
+        assert round(found * 256) in edges
+        assert apart(round(found * 256)) == pytest.approx(max(map(apart, edges)))
+    else:
+        assert found == 0.5
+
+
+def test_otsu_of_two_heaps_lies_between_and_of_none_is_half():
+    rng = np.random.default_rng(0)
+    heaps = np.concatenate([rng.normal(0.2, 0.05, 900), rng.normal(0.8, 0.05, 100)])
+    assert 0.35 < seeds.otsu(heaps.clip(0, 1).astype(np.float32)) < 0.65
+    for heights in (np.zeros(0, np.float32), np.full(5, 0.3, np.float32), np.ones(2, np.float32)):
+        assert seeds.otsu(heights) == 0.5
+
+
+@given(
+    hnp.arrays(np.uint8, (12, 20), elements=st.sampled_from([0, 1, 2, 255])),
+    st.sampled_from([(3, 4), (12, 20), (6, 5), (1, 1)]),
+    st.sampled_from([0.31, 0.49, 0.61]),
+)
+@settings(deadline=None)
+def test_reduced_labels_are_those_of_a_count(label, size, share):
+    """Each patch has whole pixels, whose shares are never exactly the least one."""
+    rows, columns = (whole // part for whole, part in zip(label.shape, size, strict=True))
+    expected = []
+    for row in range(size[0]):
+        for column in range(size[1]):
+            patch = label[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+            shares = [(patch == value).mean() for value in (0, 1, 2)]
+            best = int(np.argmax(shares))
+            expected.append(best if shares[best] > share else 255)
+    found = seeds.reduced(label, size, share)
+    assert found.dtype == np.uint8 and found.shape == (size[0] * size[1],)
+    assert found.tolist() == expected
+
+
+def test_reduced_labels_of_halves_and_of_patches_that_part_pixels():
+    assert seeds.reduced(np.uint8([[2, 1]]), (1, 1), 0.5).tolist() == [255], "half is not more"
+    assert seeds.reduced(np.uint8([[2, 1]]), (1, 1), 0.4).tolist() == [1], "the lower of equals"
+    # Two patches on three pixels: the middle one counts half in each.
+    label = np.uint8([[1, 1, 2]])
+    assert seeds.reduced(label, (1, 2), 0.6).tolist() == [1, 2]
+    assert seeds.reduced(label, (1, 2), 0.7).tolist() == [1, 255]
+    assert seeds.reduced(np.full((5, 7), 255, np.uint8), (2, 3), 0.0).tolist() == [255] * 6

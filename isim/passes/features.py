@@ -1,0 +1,127 @@
+"""Features of a frozen encoder, computed once an image and found again by content.
+
+They lie in `features/<what they depend on>/<md5 of the image file>.npy`: (C, h, w) float16. A
+folder, or a file of it, may be deleted at any time: what is missing is computed again.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from isim.data import files
+from isim.data.prepared import Item
+from isim.errors import UserError
+from isim.models import folding, frozen
+from isim.models.cam import CamConfig
+from isim.models.frozen import FrozenNetwork
+from isim.models.segmenter import SegmenterConfig
+from isim.passes import each
+from isim.passes.stream import Array, Tensors
+from isim.runtime import atomic, devices, identity, processes
+from isim.runtime.here import Here
+
+
+class Features:
+    """Cached features of one encoder, on one kind of device, for one stage.
+
+    Attributes:
+        folder: Where they lie; another encoder, other weights, sides or stages have another one.
+    """
+
+    def __init__(
+        self, here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
+    ) -> None:
+        """Find the folder; nothing is computed yet."""
+        self._here, self._network, self._config = here, network, config
+        self._files: dict[str, Path] = {}
+        told = {
+            "encoder": config.encoder,
+            "weights": identity.of_tensors(network.encoder.state_dict()),
+            "output_stride": config.output_stride,
+            "normalisation": [config.mean, config.std],
+            "sides": sorted(config.sides),
+            "stages": config.stages,
+            "precision": here.precision,
+        }
+        self.folder = here.cache / "features" / identity.digest(told)
+
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Compute the features of images that have none, and tell how many and their size.
+
+        Raises UserError for an unreadable image, a failed write, or features that are not finite.
+        """
+        network, config, here = self._network, self._config, self._here
+        places = {item.id: self._file(item) for item in items}
+        # The first process's list: all must leave out the same, though some already write.
+        known = set(processes.broadcast([path.name for path in self.folder.glob("*.npy")]))
+        missing = [item for item in items if places[item.id].name not in known]
+        missing = list({places[item.id]: item for item in missing}.values())
+        if missing:
+
+            def seen(encoder: nn.Module, images: Tensor) -> Tensor:
+                stages = encoder(images)[-config.stages :]
+                return torch.cat([maps.flatten(1) for maps in stages], 1)
+
+            dtype = devices.DTYPES[here.precision]
+            prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
+            atomic.make_directory(self.folder)
+
+            def compute(_: Sequence[Item], images: Tensor) -> list[Tensors]:
+                with devices.autocast(here.precision, here.device):
+                    return [(maps.half(),) for maps in frozen.features(prepared, config, images)]
+
+            def finish(item: Item, maps: Array) -> dict[str, Any]:
+                if not np.isfinite(maps).all():
+                    raise UserError(
+                        f"the encoder's features of {item.image} are not finite; set the stage's "
+                        "precision to fp32, or choose another encoder"
+                    )
+                stream = io.BytesIO()
+                np.save(stream, maps)
+                atomic.write_bytes(places[item.id], stream.getvalue())
+                return {}
+
+            each.image(here, missing, finish, name=None, compute=compute)
+        size = sum(places[item.id].stat().st_size for item in items) / 1e9
+        tqdm.write(
+            f"{here.name}: features of {len(items)} images ({len(missing)} computed now), "
+            f"{size:.2f} GB in {self.folder} (may be deleted at any time)"
+        )
+
+    def of(self, item: Item) -> np.ndarray:
+        """Map the (C, h, w) float16 features of an image that `prepare` was called for.
+
+        Raises UserError when they are gone or no such file.
+        """
+        path = self._file(item)
+        try:
+            maps: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            if maps.dtype != np.float16 or maps.ndim != 3:
+                raise ValueError("another array")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} is gone or damaged; delete it if it is there, and run the same command "
+                "again"
+            ) from error
+        return maps
+
+    def tensor(self, item: Item) -> Tensor:
+        """Read the (C, h, w) float32 features of an image, on the stage's device."""
+        return torch.from_numpy(self.of(item).astype(np.float32)).to(self._here.device)
+
+    def _file(self, item: Item) -> Path:
+        """Path of an image's features; its content is digested once."""
+        if item.id not in self._files:
+            try:
+                self._files[item.id] = self.folder / f"{identity.md5(item.image)}.npy"
+            except OSError:
+                # Its own message tells what is wrong with the image.
+                files.image_size(item.image)
+                raise
+        return self._files[item.id]
