@@ -30,7 +30,8 @@ from isim.data.crops import CropDataset
 from isim.data.prepared import Item
 from isim.experiments import preset
 from isim.models import cam
-from isim.models.inference import normalize
+from isim.models.cam import CamNetwork
+from isim.models.common import normalize
 from isim.params import TrainCam
 from isim.passes import counts, each, stream
 from isim.runtime import devices
@@ -76,6 +77,7 @@ def supervised(params: TrainCam, root: Path) -> float:
     )
     dataset.use_labels(0)
     crops = CropBatches(dataset, params, here.device)
+    assert isinstance(network, CamNetwork)
     for _ in loop.epochs(here, network, crops, CamStep(here, network, params, crops.size)):
         pass
 

@@ -50,7 +50,6 @@ def run(count: int, among: int) -> None:
             [chosen[place] for place in places],
             params=params.model_copy(update=short),
             name="round_01",
-            pictured=(),
         )
 
 

@@ -27,7 +27,7 @@ def score(checkpoint: Path, params: TrainCam) -> dict[str, float]:
         here = Here(Path(folder), params.precision)
         devices.place(network, here.device)
         scores = pseudo_labels.regenerate(
-            here, network, config, items, params=params, name=checkpoint.stem, pictured=()
+            here, network, config, items, params=params, name=checkpoint.stem
         )
     return scores.row()
 

@@ -13,6 +13,7 @@ alone, or its CPU seconds spread over all cores.
 """
 
 import argparse
+import copy
 import os
 import statistics
 import tempfile
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from harness import Case, Row
 from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 
 from isim import metrics
@@ -64,6 +66,7 @@ def network(params: TrainCam) -> tuple[cam.CamNetwork, cam.CamConfig]:
     torch.manual_seed(0)
     config = cam.configure(params, CLASSES)
     net = cam.build(config)
+    assert isinstance(net, cam.CamNetwork)
     path = resolve_path(f"$ISIM_SHARED/weights/{config.encoder}.imagenet.safetensors", Path.cwd())
     encoders.load(net, config, str(path) if path.is_file() else "none", path)
     return net.eval(), config
@@ -129,7 +132,6 @@ class Bench:
                 self.items,
                 params=self.params,
                 name="round_01",
-                pictured=(),
             )
         return 100 * metrics.miou(scores.label_confusion)
 
@@ -169,7 +171,7 @@ def overlap(bench: Bench, precision: str, data: str, repeats: int) -> Row:
 
     least, walls, others = [], [], []
     print("wall, slowest part alone, own CPU seconds / cores, all CPU seconds / cores:")
-    for _ in range(repeats):
+    for _ in harness.rounds(repeats):
         slowest = max(harness.seconds(network_alone), harness.seconds(lambda: bench.finish(made)))
         own, machine = time.process_time(), _busy_seconds()
         wall = harness.seconds(lambda: bench.regenerate(precision))
@@ -190,6 +192,29 @@ def _busy_seconds() -> float:
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
+@torch.inference_mode()
+def needs(bench: Bench) -> tuple[float, float]:
+    """Sum up what all images' CAMs need: operations, and bytes of the convolutions' maps."""
+    moved, flops = 0.0, 0
+
+    def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 4 * (inputs[0].numel() + made.numel())
+
+    network = copy.deepcopy(bench.plain)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(count)
+    for item in bench.items:
+        height, width = files.image_size(item.image)
+        for scale in bench.params.scales:
+            pixels = torch.zeros(2, 3, round(height * scale), round(width * scale))
+            with FlopCounterMode(display=False) as counter:
+                network.encoder(pixels.to(devices.default()))
+            flops += counter.get_total_flops()
+    return flops, moved
+
+
 def compare_cams(
     bench: Bench, reference: harness.Apart, precision: str, *, data: str, repeats: int
 ) -> Row:
@@ -202,13 +227,17 @@ def compare_cams(
         f"mIoU {bench.miou(after) - bench.miou(before):+.2f}"
     )
     goal = ">= 4" if precision == Here(bench.folder).precision else ""
-    return harness.compare(
+    row = harness.compare(
         Case(f"CAM inference, {precision}", data, goal, fidelity),
         partial(reference.run, "cams"),
         partial(bench.planes, precision),
         units=len(bench.items),
         repeats=repeats,
     )
+    if precision == "fp32" and devices.default().type == "cpu":
+        used = harness.shares(partial(bench.planes, precision), *needs(bench))
+        print(f"{row.case.part}: {used}", flush=True)
+    return row
 
 
 def main() -> None:
