@@ -8,7 +8,6 @@ images of a round that were in flight.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,16 +84,17 @@ class FrozenRounds:
     def _done(self, word: str, train: Callable[[], Row]) -> None:
         """Train, or load what was trained; all processes go on with the first one's weights."""
         path = self.here.resume / "models" / f"{word}.safetensors"
-        row = self.here.once(f"trained_{word}", lambda: self._saved(path, train))
+
+        def make() -> Row:
+            row = train()
+            common.save(path, self.network, self.config)
+            return row
+
+        row = self.here.once(f"trained_{word}", make)
         self.config = heads.load(self.here, self.network, path, cam.load)
         self.epochs.append({"epoch": len(self.epochs) + 1, **row})
         losses = {k: round(v, 4) for k, v in row.items() if k.endswith("loss")}
         tqdm.write(f"{self.here.name}: {word} trained, {losses}")
-
-    def _saved(self, path: Path, train: Callable[[], Row]) -> Row:
-        row = train()
-        common.save(path, self.network, self.config)
-        return row
 
     def _classifier(self) -> Row:
         given = self.params.frozen
@@ -174,14 +174,11 @@ class FrozenRounds:
             )
         return torch.cat([planes.amax(0).flatten() for planes in found]).cpu().numpy()
 
-    def _all(self) -> Planes:
-        return self.grids(self.config)
-
     def _first_labels(self, threshold: float) -> list[np.ndarray]:
         """Label patches by the walked CAMs: background below lo, a class above hi, else IGNORE."""
         margin = self.params.frozen.margin
         found = {}
-        for item, planes in self._all():
+        for item, planes in self.grids(self.config):
             best, height = seeds.peak(planes.cpu().numpy(), item.class_ids)
             best[height <= threshold + margin] = IGNORE
             # An image without a class, whose heights are 0, is background at any threshold.
@@ -192,7 +189,7 @@ class FrozenRounds:
     def _sure_labels(self) -> list[np.ndarray]:
         """Label patches whose probability, of the image's classes and the background, is sure."""
         found = {}
-        for item, planes in self._all():
+        for item, planes in self.grids(self.config):
             odds = planes.clamp(1e-6, 1 - 1e-6).logit().exp()  # p_k / p_0
             odds = torch.cat([torch.ones_like(odds[:0].sum(0, keepdim=True)), odds])
             sure, best = (odds / odds.sum(0)).max(0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from isim.runtime.here import Here
 
 Config = TypeVar("Config")
 
-# Bytes of features that are in memory at once, as float16; heads visit the parts in turn.
+# Bytes of features that are in memory at once, as float16.
 BUDGET = 2 << 30
 # Images of a step of pooling mil, and the share of patches whose mean is a tag's score.
 MIL_BATCH = 64
@@ -48,36 +49,29 @@ class Patches:
         self.items, self.device, self._maps = items, device, maps
         shapes = [maps(item).shape for item in items]
         self.sizes = [(shape[1], shape[2]) for shape in shapes]
-        self._parts: list[list[int]] = [[]]
-        held = 0
-        for place, shape in enumerate(shapes):
-            bytes_ = 2 * math.prod(shape)
-            if self._parts[-1] and held + bytes_ > BUDGET:
-                self._parts.append([])
-                held = 0
-            self._parts[-1].append(place)
-            held += bytes_
-        self._loaded: tuple[int, Tensor] | None = None
+        bytes_ = 2 * sum(math.prod(shape) for shape in shapes)
+        self._share = min(1.0, BUDGET / bytes_) if bytes_ else 1.0
 
-    @property
-    def parts(self) -> int:
-        """Number of parts, each of which fits in memory."""
-        return len(self._parts)
+    @cached_property
+    def held(self) -> tuple[Tensor, list[np.ndarray]]:
+        """Patches (N, C) float16 that are held in memory, and their places in each image's grid.
 
-    def places(self, number: int) -> list[int]:
-        """Places of a part's images."""
-        return self._parts[number]
+        They are all patches, or the same share of every image's, drawn once, of what `BUDGET` has
+        no room for: neighbours are so alike that a training has no use for all of many.
+        """
+        draws, held, places = np.random.default_rng(0), [], []
+        for number, (height, width) in enumerate(self.sizes):
+            count = height * width
+            chosen = np.arange(count)
+            if self._share < 1:
+                some = draws.choice(count, math.ceil(self._share * count), replace=False)
+                chosen = np.sort(some)
+            held.append(self._patches(number)[chosen])
+            places.append(chosen)
+        return torch.from_numpy(np.concatenate(held)).to(self.device), places
 
-    def part(self, number: int) -> tuple[list[int], Tensor]:
-        """Load a part: places of its images, and their (N, C) float16 patches in that order."""
-        if self._loaded is None or self._loaded[0] != number:
-            self._loaded = None  # free before the next one is read
-            images = [self._patches(place) for place in self._parts[number]]
-            self._loaded = number, torch.from_numpy(np.concatenate(images)).to(self.device)
-        return self._parts[number], self._loaded[1]
-
-    def _patches(self, place: int) -> np.ndarray:
-        maps = self._maps(self.items[place])
+    def _patches(self, number: int) -> np.ndarray:
+        maps = self._maps(self.items[number])
         return np.ascontiguousarray(maps.reshape(len(maps), -1).T)
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +80,8 @@ class Patches:
         All are float32.
         """
         images, squares, count = [], 0.0, 0
-        for place in range(len(self.items)):
-            patches = self._patches(place).astype(np.float32)
+        for number in range(len(self.items)):
+            patches = self._patches(number).astype(np.float32)
             images.append(patches.mean(0, dtype=np.float64))
             squares = squares + (patches**2).sum(0, dtype=np.float64)
             count += len(patches)
@@ -134,31 +128,28 @@ def train_classifier(
     standard = network.standardise(pooled)
     optimizer = torch.optim.AdamW(network.classifier.parameters(), lr=rate)
     loss = torch.zeros(())
-    for step in range(steps):
+    for _ in range(steps):
         if pooling == "gap":
             loss = F.multilabel_soft_margin_loss(network.class_scores(standard), labels)
         else:
-            loss = _mil_loss(network, patches, labels, step)
+            loss = _mil_loss(network, patches, labels)
         _descend(optimizer, loss, "rate of the classifier")
     with torch.no_grad():
         logits = network.class_scores(standard)
     return float(loss.detach()), logits
 
 
-def _mil_loss(network: FrozenNetwork, patches: Patches, labels: Tensor, step: int) -> Tensor:
-    places, features = patches.part(step % patches.parts)
-    counts = [math.prod(patches.sizes[place]) for place in places]
+def _mil_loss(network: FrozenNetwork, patches: Patches, labels: Tensor) -> Tensor:
+    features, places = patches.held
+    starts = np.concatenate([[0], np.cumsum([len(some) for some in places])])
     chosen = torch.randperm(len(places))[:MIL_BATCH].tolist()
-    starts = np.concatenate([[0], np.cumsum(counts)])
     total = torch.zeros((), device=patches.device)
     for number in chosen:
         rows = features[starts[number] : starts[number + 1]]
         scores = network.class_scores(network.standardise(rows))  # (N, K)
-        present = labels[places[number]] > 0
         highest = scores.topk(max(1, round(MIL_SHARE * len(scores))), dim=0).values.mean(0)
-        total = (
-            total + torch.where(present, F.softplus(-highest), F.softplus(scores).mean(0)).mean()
-        )
+        terms = torch.where(labels[number] > 0, F.softplus(-highest), F.softplus(scores).mean(0))
+        total = total + terms.mean()
     return total / len(chosen)
 
 
@@ -177,7 +168,10 @@ def train_head(
     follow from. Returns the mean loss of the last tenth of the steps. Raises UserError without any
     labelled patch, and for a loss that is not finite.
     """
-    if not any((label != IGNORE).any() for label in labels):
+    features, places = patches.held
+    target = np.concatenate([label[some] for label, some in zip(labels, places, strict=True)])
+    known = torch.from_numpy(np.flatnonzero(target != IGNORE)).to(patches.device)
+    if not len(known):
         raise UserError(
             f"{here.name}: no patch of any image is labelled, so that no head can learn; lower "
             "the margin or `sure` of train_cam.frozen, or look at the label set"
@@ -186,33 +180,22 @@ def train_head(
     if head is None:
         raise ValueError("the network has no head")
     devices.seed_all(*seed)
+    truth = torch.from_numpy(target).to(patches.device).long()
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=params.rate, weight_decay=params.weight_decay
     )
     losses: list[Tensor] = []
-    # Each part that has a labelled patch, once: all steps are then taken.
-    order = [
-        part
-        for part in torch.randperm(patches.parts).tolist()
-        if any((labels[place] != IGNORE).any() for place in patches.places(part))
-    ]
-    for turn, part in enumerate(order):
-        places, features = patches.part(part)
-        target = torch.from_numpy(np.concatenate([labels[place] for place in places]))
-        target = target.to(patches.device).long()
-        known = (target != IGNORE).nonzero()[:, 0]
-        steps = params.steps * (turn + 1) // len(order) - params.steps * turn // len(order)
-        for _ in tqdm(range(steps), here.name, disable=None, leave=False):
-            rows = known[torch.randint(len(known), (params.batch,), device=known.device)]
-            rate = min(1, (len(losses) + 1) / RISE) * (1 - len(losses) / params.steps)
-            optimizer.param_groups[0]["lr"] = params.rate * rate
-            given = network.standardise(features[rows])
-            with devices.autocast(here.precision, here.device):
-                scores = head(given, params.dropout)
-            loss = F.cross_entropy(scores.float(), target[rows])
-            _descend(optimizer, loss, "rate of the head")
-            losses.append(loss.detach())
-    return float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean())
+    for step in tqdm(range(params.steps), here.name, disable=None, leave=False):
+        rows = known[torch.randint(len(known), (params.batch,), device=known.device)]
+        rate = min(1, (step + 1) / RISE) * (1 - step / params.steps)
+        optimizer.param_groups[0]["lr"] = params.rate * rate
+        given = network.standardise(features[rows])
+        with devices.autocast(here.precision, here.device):
+            scores = head(given, params.dropout)
+        loss = F.cross_entropy(scores.float(), truth[rows])
+        _descend(optimizer, loss, "rate of the head")
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-max(1, params.steps // 10) :]).mean())
 
 
 def label_grids(

@@ -1,4 +1,4 @@
-"""Heads and classifiers on cached features: statistics, parts, and that they learn."""
+"""Heads and classifiers on cached features: statistics, memory, and that they learn."""
 
 from pathlib import Path
 
@@ -69,14 +69,9 @@ def rows(maps):
     return np.concatenate([m.reshape(len(m), -1).T for m in maps]).astype(np.float64)
 
 
-def all_parts(patches):
-    loaded = [patches.part(number) for number in range(patches.parts)]
-    return [places for places, _ in loaded], np.concatenate([part.numpy() for _, part in loaded])
-
-
 def test_statistics_are_those_of_all_patches(make_patches, maps):
     patches = make_patches()
-    assert patches.sizes == list(GRIDS) and patches.parts == 1
+    assert patches.sizes == list(GRIDS)
     centre, spread, pooled = (found.numpy() for found in patches.means())
     assert {found.dtype for found in (centre, spread, pooled)} == {np.dtype(np.float32)}
     every = rows(maps)
@@ -87,17 +82,27 @@ def test_statistics_are_those_of_all_patches(make_patches, maps):
     np.testing.assert_allclose(pooled, expected, rtol=1e-5)
 
 
-def test_parts_hold_the_same_patches_in_the_same_order(make_patches, maps, monkeypatch):
-    places, whole = all_parts(make_patches())
-    assert places == [[0, 1, 2, 3, 4, 5]] and whole.dtype == np.float16
-    assert np.array_equal(whole, rows(maps).astype(np.float16))
-    monkeypatch.setattr(heads, "BUDGET", 2 * CHANNELS * 31)
-    places, parted = all_parts(make_patches())
-    assert places == [[0, 1], [2, 3], [4, 5]] and np.array_equal(parted, whole)
-    # What does not fit alone is a part of its own.
-    monkeypatch.setattr(heads, "BUDGET", 1)
-    places, parted = all_parts(make_patches())
-    assert places == [[n] for n in range(6)] and np.array_equal(parted, whole)
+def test_all_patches_are_held_in_their_order(make_patches, maps):
+    held, places = make_patches().held
+    assert held.dtype == torch.float16
+    assert np.array_equal(held, rows(maps).astype(np.float16))
+    assert [list(some) for some in places] == [list(range(h * w)) for h, w in GRIDS]
+
+
+@pytest.mark.parametrize("budget", [2 * CHANNELS * 31, 1])
+def test_where_memory_is_short_every_image_keeps_a_share(budget, make_patches, maps, monkeypatch):
+    monkeypatch.setattr(heads, "BUDGET", budget)
+    held, places = make_patches().held
+    counts = [h * w for h, w in GRIDS]
+    share = min(1, budget / (2 * CHANNELS * sum(counts)))
+    assert [len(some) for some in places] == [int(np.ceil(share * count)) for count in counts]
+    for some, count in zip(places, counts, strict=True):
+        assert (np.diff(some) > 0).all() and some[0] >= 0 and some[-1] < count
+    firsts = np.cumsum([0, *counts[:-1]])
+    whole = [first + some for first, some in zip(firsts, places, strict=True)]
+    assert np.array_equal(held, rows(maps).astype(np.float16)[np.concatenate(whole)])
+    again, same_places = make_patches().held
+    assert torch.equal(again, held) and str(same_places) == str(places), "drawn alike again"
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -172,7 +177,7 @@ def test_the_loss_of_mil_is_that_of_the_definition(make_patches, maps, monkeypat
         for column, present in zip(scores.T, tags, strict=True):
             terms = [-column[:count].mean()] if present else column
             losses.append(np.mean([np.log1p(np.exp(term)) for term in terms]))
-    found = heads._mil_loss(net, patches, labels, 0).item()
+    found = heads._mil_loss(net, patches, labels).item()
     assert found == pytest.approx(np.mean(losses))
 
 
@@ -184,22 +189,6 @@ def test_without_a_labelled_patch_no_head_can_learn(here, make_patches, truths):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     labels[3][5] = 0
     heads.train_head(here, network("linear"), make_patches(), labels, params=params, seed=(0,))
-
-
-def test_parts_without_a_label_take_no_step(here, make_patches, truths, monkeypatch):
-    monkeypatch.setattr(heads, "BUDGET", 1)
-    patches, seen = make_patches(), []
-    part = patches.part
-    monkeypatch.setattr(patches, "part", lambda number: seen.append(number) or part(number))
-    labels = [np.full(truth.size, 255, np.uint8) for truth in truths]
-    labels[3][5] = labels[4][:4] = 2
-    # Fewer steps than parts, and more.
-    for steps, visited in ((1, {3, 4}), (7, {3, 4})):
-        seen.clear()
-        params = Head(kind="linear", **HEAD | {"steps": steps})
-        given = {"params": params, "seed": (0,)}
-        assert heads.train_head(here, network("linear"), patches, labels, **given) > 0
-        assert set(seen) == visited
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
