@@ -6,7 +6,7 @@ There are no defaults: params.yaml has all values, and says beside them what eac
 import difflib
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -274,10 +274,19 @@ class TrainCam(Training):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         stride = self.output_stride
+        if self.method in ("frozen", "cam"):
+            wanted = {"decoder_labels": self.decoder_labels, "start": self.start != "none"}
+            for name in (name for name, is_on in wanted.items() if is_on):
+                raise ValueError(
+                    f"{name}: method {self.method} has no decoder; use deeplabcam or another"
+                )
         if self.method == "frozen":
             return self
-        if self.decoder_labels and self.method == "cam":
-            raise ValueError("decoder_labels: method cam has no decoder; use deeplabcam or another")
+        if PurePosixPath(self.start).parts[:2] == ("data", "pseudo_labels"):
+            raise ValueError(
+                f"start ({self.start}) is where this stage writes its own labels; copy the folder "
+                "elsewhere and name that"
+            )
         if self.method == "deeplabcam" and stride == 32:
             raise ValueError("output_stride 32 is too coarse for deeplabcam; use 16 or 8")
         if self.method != "cam" and self.crop % stride:

@@ -47,19 +47,23 @@ def load(
 
     Raises UserError where the file is missing or not of this kind.
     """
+    config = read_config(path, kind)
+    network = build(config)
+    network.load_state_dict(load_file(path))
+    return network.eval(), config
+
+
+def read_config(path: Path, kind: type[_Config]) -> _Config:
+    """Read a checkpoint's configuration from its header alone; errors as of `load`."""
     try:
         with safe_open(path, "pt") as file:
             fields = json.loads((file.metadata() or {})[kind.key])
-        state = load_file(path)
     except (OSError, KeyError, SafetensorError) as error:
         command = f"isim {kind.stage.replace('_', '-')}"
         raise UserError(
             f"{path} is not a checkpoint of {kind.stage}; run `{command}` first"
         ) from error
-    config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    network = build(config)
-    network.load_state_dict(state)
-    return network.eval(), config
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 @torch.no_grad()

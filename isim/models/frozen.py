@@ -22,8 +22,6 @@ from isim.models.vit import PlainViT
 
 # A tag is known to be there: with a head, its plane rises at least so high somewhere.
 _LEAST_PEAK = 0.75
-# CLIP-ES: boxes are round the parts of a CAM above it.
-_BOX_THRESHOLD = 0.4
 
 
 class _FeatureConfig(Protocol):
@@ -245,7 +243,7 @@ def _walked(planes: Tensor, affinity: Tensor, walk: _WalkConfig) -> Tensor:
     """Walk planes (K', h, w) along an affinity (N, N): (K', N)."""
     inside = None
     if walk.affinity == "attention":
-        inside = dense.boxes(planes, _BOX_THRESHOLD).flatten(1)
+        inside = dense.boxes(planes).flatten(1)
     return dense.walk(planes.flatten(1), affinity, walk.steps, inside)
 
 

@@ -208,7 +208,15 @@ def test_maps_to_start_from_must_be_there(run, project):
     assert not (project / "data/pseudo_labels").exists()
 
 
-def test_labels_of_a_decoder_need_one(tiny):
-    values = tiny.train_cam.model_dump() | {"method": "cam", "decoder_labels": True}
-    with pytest.raises(ValueError, match="decoder_labels: method cam has no decoder; use deepl"):
+@pytest.mark.parametrize("method", ["cam", "frozen"])
+@pytest.mark.parametrize(("name", "value"), [("decoder_labels", True), ("start", "labels")])
+def test_what_a_decoder_learns_needs_one(method, name, value, tiny):
+    values = tiny.train_cam.model_dump() | {"method": method, name: value}
+    with pytest.raises(ValueError, match=f"{name}: method {method} has no decoder; use deepl"):
+        type(tiny.train_cam).model_validate(values)
+
+
+def test_the_loop_does_not_start_from_what_it_writes(tiny):
+    values = tiny.train_cam.model_dump() | {"start": "./data/pseudo_labels/round_01"}
+    with pytest.raises(ValueError, match=r"start \(.*\) is where this stage writes .* copy"):
         type(tiny.train_cam).model_validate(values)
