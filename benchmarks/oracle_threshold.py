@@ -14,7 +14,7 @@ from pathlib import Path
 from isim.data import prepared
 from isim.models import cam
 from isim.params import TrainCam, load
-from isim.passes import pseudo_labels
+from isim.passes import features, pseudo_labels
 from isim.runtime import devices
 from isim.runtime.here import Here
 
@@ -26,8 +26,9 @@ def score(checkpoint: Path, params: TrainCam) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         here = Here(Path(folder), params.precision)
         devices.place(network, here.device)
+        source = features.ready(here, network, config, items)
         scores = pseudo_labels.regenerate(
-            here, network, config, items, params=params, name=checkpoint.stem
+            here, source, config, items, params=params, name=checkpoint.stem
         )
     return scores.row()
 

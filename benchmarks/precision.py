@@ -22,7 +22,7 @@ from isim.data.prepared import Item
 from isim.experiments import preset
 from isim.labels.seeds import batched as seeds
 from isim.models import cam
-from isim.passes import cams
+from isim.passes import cams, features
 from isim.passes.pseudo_labels import SWEEP
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -36,8 +36,9 @@ def sweep(checkpoint: Path, items: Sequence[Item], precision: str) -> NDArray[np
     # Four scales and flips.
     settings = preset.parameters("voc-deeplabcam-resnet50").export_cams
     labels = len(config.classes) + 1
+    source = features.ready(here, network, config, items)
     total = np.zeros((len(SWEEP), labels, labels), np.int64)
-    for item, planes in cams.cams(here, network, config, items, settings=settings):
+    for item, planes in cams.cams(here, source, config, items, settings=settings):
         assert item.mask is not None
         best, height = seeds.peak(planes, torch.from_numpy(item.class_ids))
         levels = seeds.levels(height, SWEEP.tolist()).cpu().numpy()

@@ -1,20 +1,20 @@
 """CAMs of many images by a network that is prepared once (spec 4)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from isim.data.prepared import Item
-from isim.models import folding, frozen
+from isim.models import folding
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_cams
 from isim.params import ExportCams, TrainCam
 from isim.passes import stream
 from isim.passes.features import Features
-from isim.runtime import devices
+from isim.runtime import devices, helpers
 from isim.runtime.here import Here
 
 # Scales and flip that CAMs are summed over.
@@ -24,19 +24,23 @@ Maker = Callable[[Sequence[Item], Tensor], list[Tensor]]
 
 
 def maker(
-    here: Here, network: CamNetwork | FrozenNetwork, config: CamConfig, settings: Settings
+    here: Here, network: CamNetwork | Features, config: CamConfig, settings: Settings
 ) -> Maker:
     """Prepare a copy of a network; return a function that makes CAMs by it, in any thread.
 
-    A frozen one needs the features of the images first: `features.Features.prepare`.
+    The features of a frozen one are those of `Features.prepare`.
     """
-    if isinstance(network, FrozenNetwork):
-        return _grown(grid_maker(here, network, config))
+    if isinstance(network, Features):
+        return partial(_grown, network, config)
     device, precision = here.device, here.precision
     every = torch.arange(1, len(config.classes) + 1, device=device)
-    prepared = folding.for_inference(
-        network, lambda net, images: net.cam(images, every), device, devices.DTYPES[precision]
-    )
+
+    def seen(net: CamNetwork, images: Tensor) -> Tensor:
+        # What `multi_scale_cams` runs, so that the copy is checked on it.
+        labels = net(images, True)[1] if config.decoder_labels else None
+        return net.cam(images, every) if labels is None else labels
+
+    prepared = folding.for_inference(network, seen, device, devices.DTYPES[precision])
 
     def make(items: Sequence[Item], images: Tensor) -> list[Tensor]:
         ids = [torch.from_numpy(item.class_ids) for item in items]
@@ -48,50 +52,45 @@ def maker(
     return make
 
 
-def grid_maker(here: Here, network: FrozenNetwork, config: CamConfig) -> Maker:
-    """Return a function that makes the CAMs (K', h, w) of a frozen network's grid (`planes`).
-
-    Images whose features are on the disk are not looked at, but for the affinity `attention`.
-    """
-    cached = Features(here, network, config)
-
-    def make(items: Sequence[Item], images: Tensor) -> list[Tensor]:
-        found = []
-        for item, image in zip(items, images, strict=True):
-            ids, given = torch.from_numpy(item.class_ids), None
-            if config.affinity == "attention" and len(ids):
-                with devices.autocast(here.precision, here.device):
-                    given = frozen.attention(network.encoder, config, image[None])[0]
-            maps = cached.tensor(item)
-            found.append(network.planes(maps, ids, config, given))
-        return found
-
-    return make
-
-
-def _grown(make: Maker) -> Maker:
-    def grow(items: Sequence[Item], images: Tensor) -> list[Tensor]:
-        size = tuple(images.shape[-2:])
-        return [
-            F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0]
-            if len(planes)
-            else planes.new_zeros(0, *size)
-            for planes in make(items, images)
-        ]
-
-    return grow
+def _grown(
+    cached: Features, config: CamConfig, items: Sequence[Item], images: Tensor
+) -> list[Tensor]:
+    """CAMs (K', H, W) of a frozen network, upsampled from its grid."""
+    size, found = tuple(images.shape[-2:]), []
+    for item, image in zip(items, images, strict=True):
+        planes = cached.planes(config, item, image)
+        if len(planes):
+            planes = F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0]
+        found.append(planes if len(planes) else planes.new_zeros(0, *size))
+    return found
 
 
 def grids(
-    here: Here, network: FrozenNetwork, config: CamConfig, items: Sequence[Item]
+    here: Here, cached: Features, config: CamConfig, items: Sequence[Item]
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (K', h, w) CAMs on the grid, the largest images first."""
-    return stream.computed(grid_maker(here, network, config), items, here.device)
+    """Yield each item with its (K', h, w) CAMs on the grid.
+
+    Images are opened for the affinity `attention` alone, and then the largest come first.
+    """
+    if config.affinity == "attention":
+
+        def make(some: Sequence[Item], images: Tensor) -> list[Tensor]:
+            return [cached.planes(config, *pair) for pair in zip(some, images, strict=True)]
+
+        yield from stream.computed(make, items, here.device)
+        return
+
+    def of_one(item: Item) -> tuple[Item, Tensor]:
+        return item, cached.planes(config, item)
+
+    # A thread an image, as in `stream`.
+    with devices.intra_op_threads(1):
+        yield from helpers.in_threads(of_one, items, start=partial(torch.set_num_threads, 1))
 
 
 def cams(
     here: Here,
-    network: CamNetwork | FrozenNetwork,
+    network: CamNetwork | Features,
     config: CamConfig,
     items: Sequence[Item],
     *,

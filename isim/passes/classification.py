@@ -13,7 +13,6 @@ from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.common import normalize
-from isim.models.frozen import FrozenNetwork
 from isim.passes import each
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
@@ -54,10 +53,11 @@ def classify(
     return _figures(items, np.array([line["logits"] for line in lines], np.float32))
 
 
-def frozen(cached: Features, network: FrozenNetwork, items: Sequence[Item]) -> dict[str, float]:
+def frozen(cached: Features, items: Sequence[Item]) -> dict[str, float]:
     """Classify images by their cached features; figures and errors as of `classify`."""
     if not items:
         return {}
+    network = cached.network
     logits = [
         network.logits(network.standardise(cached.tensor(item).flatten(1).T)) for item in items
     ]

@@ -7,7 +7,7 @@ folder, or a file of it, may be deleted at any time: what is missing is computed
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,16 @@ from isim.passes.stream import Array, Tensors
 from isim.runtime import atomic, devices, identity, processes
 from isim.runtime.here import Here
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class Features:
-    """Cached features of one encoder, on one kind of device, for one stage.
+    """A frozen network with the cached features of its encoder, on one kind of device.
+
+    A stage makes it once, as it digests the encoder's weights and every image.
 
     Attributes:
+        network: The network.
         folder: Where they lie; another encoder, other weights, sides or stages have another one.
     """
 
@@ -38,7 +43,7 @@ class Features:
         self, here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
     ) -> None:
         """Find the folder; nothing is computed yet."""
-        self._here, self._network, self._config = here, network, config
+        self._here, self.network, self._config = here, network, config
         self._files: dict[str, Path] = {}
         told = {
             "encoder": config.encoder,
@@ -56,7 +61,7 @@ class Features:
 
         Raises UserError for an unreadable image, a failed write, or features that are not finite.
         """
-        network, config, here = self._network, self._config, self._here
+        network, config, here = self.network, self._config, self._here
         places = {item.id: self._file(item) for item in items}
         # The first process's list: all must leave out the same, though some already write.
         known = set(processes.broadcast([path.name for path in self.folder.glob("*.npy")]))
@@ -115,6 +120,17 @@ class Features:
         """Read the (C, h, w) float32 features of an image, on the stage's device."""
         return torch.from_numpy(self.of(item).astype(np.float32)).to(self._here.device)
 
+    def planes(self, config: CamConfig, item: Item, image: Tensor | None = None) -> Tensor:
+        """CAMs (K', h, w) of an image on the grid: `FrozenNetwork.planes`, as `config` has them.
+
+        The (3, H, W) uint8 pixels, on the device, are for affinity `attention` alone.
+        """
+        ids, given = torch.from_numpy(item.class_ids), None
+        if config.affinity == "attention" and image is not None and len(ids):
+            with devices.autocast(self._here.precision, self._here.device):
+                given = frozen.attention(self.network.encoder, config, image[None])[0]
+        return self.network.planes(self.tensor(item), ids, config, given)
+
     def _file(self, item: Item) -> Path:
         """Path of an image's features; its content is digested once."""
         if item.id not in self._files:
@@ -125,3 +141,20 @@ class Features:
                 files.image_size(item.image)
                 raise
         return self._files[item.id]
+
+
+def ready(
+    here: Here,
+    network: Network | FrozenNetwork,
+    config: CamConfig | SegmenterConfig,
+    items: Sequence[Item],
+) -> Network | Features:
+    """Return what passes over `items` take: a frozen network with its features, which are prepared.
+
+    Errors are those of `Features.prepare`.
+    """
+    if not isinstance(network, FrozenNetwork):
+        return network
+    cached = Features(here, network, config)
+    cached.prepare(items)
+    return cached

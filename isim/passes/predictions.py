@@ -16,7 +16,6 @@ from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.models import folding
-from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter
@@ -68,7 +67,7 @@ def confusions(found: Mapping[str, Predicted]) -> counts.Confusions:
 
 def predict(
     here: Here,
-    network: Segmenter | FrozenNetwork,
+    network: Segmenter | Features,
     config: SegmenterConfig,
     items: Sequence[Item],
     *,
@@ -127,7 +126,7 @@ def predict(
 
 def _predictor(
     here: Here,
-    network: Segmenter | FrozenNetwork,
+    network: Segmenter | Features,
     config: SegmenterConfig,
     params: TrainSegmenter,
     *,
@@ -161,14 +160,13 @@ def _predictor(
 
 
 def _probable(
-    here: Here, network: Segmenter | FrozenNetwork, config: SegmenterConfig, params: TrainSegmenter
+    here: Here, network: Segmenter | Features, config: SegmenterConfig, params: TrainSegmenter
 ) -> Callable[[Item, Tensor], Tensor]:
     """Return what gives an image's (L, H, W) probabilities, given its (3, H, W) uint8 pixels."""
-    if isinstance(network, FrozenNetwork):
-        cached = Features(here, network, config)
+    if isinstance(network, Features):
 
         def upsampled(item: Item, image: Tensor) -> Tensor:
-            grid = network.probabilities(cached.tensor(item))
+            grid = network.network.probabilities(network.tensor(item))
             size = image.shape[-2:]
             return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
 

@@ -15,9 +15,9 @@ from isim.data.prepared import Item
 from isim.labels.crf import refine as crf
 from isim.labels.seeds import batched as seeds
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
 from isim.passes import cams, counts, each, stream
+from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
 from isim.reporting import pictures
 from isim.runtime.here import Here
@@ -68,7 +68,7 @@ class Scores:
 
 def regenerate(
     here: Here,
-    network: CamNetwork | FrozenNetwork,
+    network: CamNetwork | Features,
     config: CamConfig,
     items: Sequence[Item],
     *,

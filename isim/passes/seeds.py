@@ -12,9 +12,9 @@ from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.seeds import batched, seeds
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
 from isim.passes import cams, counts, each
+from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
 from isim.runtime.here import Here
 
@@ -41,7 +41,7 @@ def write(
 
 def score(
     here: Here,
-    network: CamNetwork | FrozenNetwork,
+    network: CamNetwork | Features,
     config: CamConfig,
     items: Sequence[Item],
     *,

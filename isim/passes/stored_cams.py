@@ -12,7 +12,6 @@ from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.seeds import batched as seeds
 from isim.models.cam import CamConfig, CamNetwork
-from isim.models.frozen import FrozenNetwork
 from isim.params import ExportCams
 from isim.passes import cams, counts, each
 from isim.passes.features import Features
@@ -22,7 +21,7 @@ from isim.runtime.here import Here
 
 def export(
     here: Here,
-    network: CamNetwork | FrozenNetwork,
+    network: CamNetwork | Features,
     config: CamConfig,
     items: Sequence[Item],
     *,
@@ -37,8 +36,6 @@ def export(
     """
     folder = here.resume / "cams" / split
     num_labels = len(config.classes) + 1
-    if isinstance(network, FrozenNetwork):
-        Features(here, network, config).prepare(items)
     make = cams.maker(here, network, config, params)
 
     def exported(batch: Sequence[Item], images: Tensor) -> list[Tensors]:

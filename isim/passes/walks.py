@@ -7,6 +7,7 @@ both, as their matrices are larger than what walks. In either case the helpers d
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def walk(
 
 def walk_dense(
     here: Here,
-    network: CamNetwork | FrozenNetwork,
+    network: CamNetwork | Features,
     config: CamConfig,
     items: Sequence[Item],
     *,
@@ -129,13 +130,13 @@ def walk_dense(
     """Make label maps as `walk` does, along affinities of all pairs of a CAM network's patches.
 
     Those of a frozen network are its cached features, standardised; those of another one the last
-    map of the image at its own size, less the image's mean. Raises UserError as `walk` and
-    `require_attention`.
+    map of the image at its own size, less the image's mean. Raises UserError as `walk` and, for an
+    encoder without attention, `frozen.attention`.
     """
-    require_attention(network, config, params)
     walking = replace(config, affinity=params.affinity, **params.dense_walk.model_dump())
-    if isinstance(network, FrozenNetwork):
-        patches, describe = network, _cached(here, network, config, items)
+    describe: _Describe
+    if isinstance(network, Features):
+        patches, describe = network.network, partial(_cached, network)
     else:
         patches = _as_frozen(network)
         describe = _computed(here, patches, config)
@@ -147,7 +148,7 @@ def walk_dense(
         attention: Iterable[Tensor | None] = [None] * len(batch)
         if attends:
             with devices.autocast(here.precision, here.device):
-                attention = frozen.attention(network.encoder, _sized(config, images), images)
+                attention = frozen.attention(patches.encoder, _sized(config, images), images)
         found: list[Tensors] = []
         for item, grid, given in zip(batch, describe(batch, images), attention, strict=True):
             planes = torch.from_numpy(read(item, grid.size)).to(here.device)  # (M, h, w)
@@ -235,19 +236,12 @@ def _sized(config: CamConfig, images: Tensor) -> CamConfig:
     return config if config.sides else replace(config, sides=(max(images.shape[-2:]),), stages=1)
 
 
-def _cached(
-    here: Here, network: FrozenNetwork, config: CamConfig, items: Sequence[Item]
-) -> _Describe:
-    cached = Features(here, network, config)
-    cached.prepare(items)
-
-    def describe(batch: Sequence[Item], _: Tensor) -> Iterator[_Grid]:
-        for item in batch:
-            maps = cached.tensor(item)
-            patches = network.standardise(maps.flatten(1).T)
-            yield _Grid((maps.shape[1], maps.shape[2]), patches, network.label_scores(patches))
-
-    return describe
+def _cached(cached: Features, batch: Sequence[Item], _: Tensor) -> Iterator[_Grid]:
+    for item in batch:
+        maps = cached.tensor(item)
+        patches = cached.network.standardise(maps.flatten(1).T)
+        scores = cached.network.label_scores(patches)
+        yield _Grid((maps.shape[1], maps.shape[2]), patches, scores)
 
 
 def _computed(here: Here, network: FrozenNetwork, config: CamConfig) -> _Describe:

@@ -8,7 +8,7 @@ from isim import stage
 from isim.data import prepared
 from isim.models import cam
 from isim.params import ExportCams
-from isim.passes import stored_cams
+from isim.passes import features, stored_cams
 from isim.runtime import atomic, devices
 
 
@@ -24,10 +24,12 @@ def run(params: ExportCams, root: Path) -> None:
     reads = {name: root / name for name in ("data/prepared", "models/train_cam")}
     with stage.opened("export_cams", params, root, reads=reads) as here:
         devices.place(network, here.device)
+        every = [item for items in chosen.values() for item in items]
+        source = features.ready(here, network, config, every)
         figures: dict[str, dict[str, float]] = {}
         for split, items in chosen.items():
             figures[split] = stored_cams.export(
-                here, network, config, items, params=params, split=split
+                here, source, config, items, params=params, split=split
             )
             here.log(split, figures[split])
             tqdm.write(f"export_cams: {len(items)} CAMs of {split}")

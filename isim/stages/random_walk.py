@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
 from isim import metrics, stage
 from isim.data import files, prepared
 from isim.data.prepared import Item
-from isim.models import affinity, cam
+from isim.models import affinity, cam, common
+from isim.models.cam import CamConfig
 from isim.params import RandomWalk
-from isim.passes import counts, walks
+from isim.passes import counts, features, walks
 from isim.passes.counts import Confusions
 from isim.passes.each import Passed
 from isim.passes.walks import Stored
@@ -48,6 +48,9 @@ def run(params: RandomWalk, root: Path) -> None:
     reads = {path: root / path for path in ("data/prepared", "data/cams", source)}
     with stage.opened("random_walk", params, root, reads=reads) as here:
         devices.place(network, here.device)
+        if params.affinity != "net":
+            every = [item for items in chosen.values() for item in items]
+            network = features.ready(here, network, config, every)
         figures: dict[str, dict[str, float]] = {}
         confusions: dict[str, Confusions] = {}
         for split, parts in counts.parts(chosen, counts.members(data.splits)).items():
@@ -72,7 +75,7 @@ def run(params: RandomWalk, root: Path) -> None:
         here.report(partial(_report, about, confusions, names), partial(_show, chosen, params))
 
 
-def _along(params: RandomWalk, root: Path) -> tuple[str, _Walk, tuple[nn.Module, Any]]:
+def _along(params: RandomWalk, root: Path) -> tuple[str, _Walk, tuple[Any, Any]]:
     """Choose the walk: where its network is from, the pass, and network and configuration."""
     if params.affinity == "net":
         source = "models/train_affinity"
@@ -92,7 +95,7 @@ def _are_probable(params: RandomWalk, root: Path) -> bool:
     # AffinityNet walks CAMs of any origin.
     if params.background == "power" or not path.exists():
         return False
-    _, config = cam.load(path)
+    config = common.read_config(path, CamConfig)
     return config.head_kind != "none" or config.decoder_labels
 
 

@@ -118,7 +118,6 @@ def _trained(
         crops.dataset.use_labels(len(labels) - 1)
     for epochs in loop.epochs(here, network, crops, step, also=also):
         here.log_epoch(epochs)
-        made.epochs = epochs
         if row := made.after_epoch(epochs):
             _log(here, row, shown)
         if made.rows and params.method != "cam":
@@ -140,7 +139,7 @@ def _frozen(
     """Run the loop on cached features; returns it and the classification figures of the images."""
     cached = Features(here, network, config)
     cached.prepare([*items, *held_out])
-    given = (here, network)
+    given = (here, cached)
 
     def at(threshold: float) -> TrainCam:
         return params.model_copy(update={"threshold": threshold})
@@ -160,9 +159,9 @@ def _frozen(
     def measure(config: CamConfig, threshold: float) -> float:
         return seeds.score(*given, config, items, params=at(threshold))
 
-    def classify(of: Sequence[Item], start: str) -> Row:
-        found = classification.frozen(cached, network, of)
-        return {f"{start}{name}": value for name, value in found.items()}
+    def validate() -> Row:
+        found = classification.frozen(cached, held_out)
+        return {f"val_{name}": value for name, value in found.items()}
 
     made = FrozenRounds(
         here,
@@ -173,14 +172,16 @@ def _frozen(
         grids=lambda config: cams.grids(*given, config, items),
         regenerate=regenerate,
         measure=measure,
-        validate=lambda: classify(held_out, "val_"),
+        validate=validate,
     )
     made.run()
     for number in range(1, len(made.epochs) + 1):
         here.log_epoch(made.epochs[:number])
     for row in made.rows:
         _log(here, row, shown)
-    return made, classify(items, "")
+    # The figures of the training are of whole images, by the classifier that there is in the end.
+    final = made.epochs[-1].items()
+    return made, {k.removeprefix("train_"): v for k, v in final if k.startswith("train_")}
 
 
 def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:

@@ -14,10 +14,9 @@ from isim.data import label_sets, prepared
 from isim.data.prepared import Item, Prepared
 from isim.errors import UserError
 from isim.models import common, encoder, segmenter
-from isim.models.frozen import FrozenNetwork
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter, label_set_path
-from isim.passes import counts, predictions, seeds
+from isim.passes import counts, features, predictions, seeds
 from isim.passes.features import Features
 from isim.passes.predictions import Predicted
 from isim.reporting import plots
@@ -65,21 +64,15 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             here.tracked.tag("decoder_weights", "pixel supervision from the weights file")
         is_cam = name == "seeds"
         labels = seeds.write(here, items, stored, params.threshold) if is_cam else stored
-        if isinstance(network, FrozenNetwork):
-            shown = [item for split in tested.values() for item in split]
-            epochs = _frozen(here, network, config, params, items=items, labels=labels, shown=shown)
+        every = [*items, *(item for split in tested.values() for item in split)]
+        source = features.ready(here, network, config, every)
+        if isinstance(source, Features):
+            epochs = _frozen(source, here, config, params, items=items, labels=labels)
         else:
-            epochs = _trained(here, network, config, params, items=items, labels=labels)
+            epochs = _trained(source, here, config, params, items=items, labels=labels)
         common.save(here.resume / "model/model.safetensors", network, config)
-        found: dict[str, Predicted] = {}
-        for split, parts in counts.parts(tested, counts.members(data.splits)).items():
-            new = predictions.predict(
-                here, network, config, tested[split], params=params, split=split, parts=parts
-            )
-            found |= new
-            for part, result in new.items():
-                here.log(part, result.row())
-                tqdm.write(f"{name} on {part}: {result}")
+        known = counts.members(data.splits)
+        found = _predicted(here, source, config, tested, params=params, name=name, known=known)
         here.publish(
             {"model": f"models/train_segmenter/{name}", "predictions": f"data/predictions/{name}"}
         )
@@ -103,8 +96,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
 
 
 def _trained(
-    here: Stage,
     network: Segmenter,
+    here: Stage,
     config: SegmenterConfig,
     params: TrainSegmenter,
     *,
@@ -122,30 +115,28 @@ def _trained(
 
 
 def _frozen(
+    cached: Features,
     here: Stage,
-    network: FrozenNetwork,
     config: SegmenterConfig,
     params: TrainSegmenter,
     *,
     items: Sequence[Item],
     labels: Mapping[str, Path],
-    shown: Sequence[Item],
 ) -> list[Row]:
-    """Train the head on cached features, which `shown` get, too; returns one row."""
-    cached = Features(here, network, config)
-    cached.prepare([*items, *shown])
-    patches = heads.Patches(items, cached.of, here.device)
+    """Train the head on cached features; returns one row."""
+    network, patches = cached.network, heads.Patches(items, cached.of, here.device)
+    path = here.resume / "head/model.safetensors"
 
     def train() -> Row:
         heads.fit(network, patches)
         reduced = heads.label_grids(items, labels.__getitem__, patches.sizes, share=HALF)
         given = (here, network, patches, reduced)
         loss = heads.train_head(*given, params=params.head, seed=(params.seed,))
-        common.save(here.resume / "head/model.safetensors", network, config)
+        common.save(path, network, config)
         return {"loss": loss}
 
     row = {"epoch": 1, **here.once("trained", train)}
-    heads.load(here, network, here.resume / "head/model.safetensors", segmenter.load)
+    heads.load(here, network, path, segmenter.load)
     here.log_epoch([row])
     return [row]
 
@@ -157,6 +148,29 @@ def _tested(params: TrainSegmenter, data: Prepared) -> dict[str, tuple[Item, ...
         splits.remove("test")
         tqdm.write("train_segmenter: no images of split 'test' in the prepared data; left out")
     return {split: data.split(split, labelled=False) for split in splits}
+
+
+def _predicted(
+    here: Stage,
+    source: Segmenter | Features,
+    config: SegmenterConfig,
+    tested: Mapping[str, Sequence[Item]],
+    *,
+    params: TrainSegmenter,
+    name: str,
+    known: counts.Parts,
+) -> dict[str, Predicted]:
+    """Predict the tested splits; returns the scores of each and of the `known` ones inside them."""
+    found: dict[str, Predicted] = {}
+    for split, parts in counts.parts(tested, known).items():
+        new = predictions.predict(
+            here, source, config, tested[split], params=params, split=split, parts=parts
+        )
+        found |= new
+        for part, result in new.items():
+            here.log(part, result.row())
+            tqdm.write(f"{name} on {part}: {result}")
+    return found
 
 
 def _report(

@@ -91,7 +91,7 @@ class Rounds:
     params: TrainCam
     regenerate: Callable[..., Scores]
     measure: Callable[[cam.CamConfig], float]
-    epochs: list[Row] = field(default_factory=list)
+    epochs: Sequence[Row] = ()
     rows: list[Row] = field(default_factory=list)
     per_class: list[Row] = field(default_factory=list)
     mious: list[Row] = field(default_factory=list)
@@ -101,6 +101,7 @@ class Rounds:
 
         Returns its row; None where nothing is due.
         """
+        self.epochs = epochs
         epoch, every = len(epochs), self.params.score_every
         if due(self.params, epochs, [row["epoch"] for row in self.rows]):
             number = len(self.rows) + 1

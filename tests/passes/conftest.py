@@ -75,9 +75,11 @@ def run(items, stored, models, tiny):
     def run(name, folder, items=items, **changes):
         name, _, frozen = name.partition(" ")
         network, section, options = passes[name]
+        here, given = Here(folder, "fp32"), models.get(network, ())
         if frozen:
-            network = FROZEN[network]
-            Features(Here(folder, "fp32"), *models[network]).prepare(items)
+            cached = Features(here, *models[FROZEN[network]])
+            cached.prepare(items)
+            given = cached, models[FROZEN[network]][1]
         if section:
             own = {"affinity": "cosine"} if name == "walks.walk_dense" else {}
             section = getattr(tiny, section)
@@ -85,9 +87,7 @@ def run(items, stored, models, tiny):
             options = options | {"params": section.model_copy(update=own)}
         module, function = name.split(".")
         function = getattr(import_module(f"isim.passes.{module}"), function)
-        return function(
-            Here(folder, "fp32"), *models.get(network, ()), items=items, **options, **changes
-        )
+        return function(here, *given, items=items, **options, **changes)
 
     return run
 

@@ -44,8 +44,8 @@ def test_figures_of_a_frozen_network_are_those_of_its_features(here, items):
         rows.append(scores.mean(0).numpy())
     labels = np.stack([item.image_label for item in items])
     expected = metrics.classification_figures(labels, np.stack(rows))
-    assert classification.frozen(cached, network, items) == pytest.approx(expected, abs=1e-6)
-    assert classification.frozen(cached, network, ()) == {}
+    assert classification.frozen(cached, items) == pytest.approx(expected, abs=1e-6)
+    assert classification.frozen(cached, ()) == {}
     network.classifier.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="scores are not finite"):
-        classification.frozen(cached, network, items)
+        classification.frozen(cached, items)

@@ -13,7 +13,7 @@ from isim.labels.crf import refine as crf
 from isim.labels.walk import walk
 from isim.models.common import normalize
 from isim.params import DenseWalk
-from isim.passes import counts, walks
+from isim.passes import counts, features, walks
 from isim.passes.walks import Stored
 from isim.runtime.here import Here
 
@@ -175,7 +175,9 @@ def test_dense_walks_are_those_of_the_equations(
 
     monkeypatch.setattr(walk, "label_map", label_map)
     options = {"params": params, "cams": Stored(stored), "num_labels": 4}
-    lines = walks.walk_dense(Here(tmp_path, "fp32"), network, config, whole, **options).lines
+    here = Here(tmp_path, "fp32")
+    source = features.ready(here, network, config, whole)
+    lines = walks.walk_dense(here, source, config, whole, **options).lines
     for item in whole:
         pixels = opened(item)[1]
         planes, ids, size = read_cam(stored / f"{item.id}.npz")
@@ -213,9 +215,7 @@ def test_probabilities_keep_their_values_under_a_constant_threshold(
         assert set(np.unique(label)) - {0} == set(classes)
 
 
-def test_attention_of_an_encoder_that_has_none_is_refused(models, items, stored, tiny, tmp_path):
+def test_attention_of_an_encoder_that_has_none_is_refused(models, tiny):
     params = tiny.random_walk.model_copy(update={"affinity": "attention"})
-    options = {"params": params, "cams": Stored(stored), "num_labels": 4}
     with pytest.raises(UserError, match=r"plain vision transformer, not resnet10t; use"):
-        walks.walk_dense(Here(tmp_path, "fp32"), *models["cam"], items, **options)
-    assert not any(tmp_path.iterdir())
+        walks.require_attention(*models["cam"], params)
