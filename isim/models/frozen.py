@@ -217,7 +217,10 @@ class FrozenNetwork(encoders.EncoderNetwork):
     def affinity(
         self, patches: Tensor, scores: Tensor, walk: _WalkConfig, attention: Tensor | None
     ) -> Tensor:
-        """Affinity (N, N) of an image's standardised patches (N, C) with scores (N, L)."""
+        """Affinity (..., N, N) of standardised patches (..., N, C) with scores (..., N, L).
+
+        The leading dimensions, if any, are of images of one size; `attention` is (..., N, N).
+        """
         if walk.affinity == "attention":
             if attention is None:
                 raise ValueError("affinity attention needs the attention of the image's patches")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from isim.data import files
 from isim.data.prepared import Item
@@ -145,18 +146,22 @@ def walk_dense(
 
     @torch.inference_mode()
     def walked(batch: Sequence[Item], images: Tensor) -> list[Tensors]:
-        attention: Iterable[Tensor | None] = [None] * len(batch)
+        attention = None
         if attends:
             with devices.autocast(here.precision, here.device):
                 attention = frozen.attention(patches.encoder, _sized(config, images), images)
-        found: list[Tensors] = []
-        for item, grid, given in zip(batch, describe(batch, images), attention, strict=True):
-            planes = torch.from_numpy(read(item, grid.size)).to(here.device)  # (M, h, w)
-            near = patches.affinity(grid.patches, grid.scores, walking, given)
-            inside = _boxes(planes, params).flatten(1) if attends else None
-            steps = dense.walk(planes.flatten(1), near, walking.steps, inside)
-            found.append((steps.unflatten(1, grid.size),))
-        return found
+        # Images of one size have grids of one size.
+        grids = list(describe(batch, images))
+        size = grids[0].size
+        compared, scores = (
+            torch.stack(same) for same in zip(*(grid[1:] for grid in grids), strict=True)
+        )
+        near = patches.affinity(compared, scores, walking, attention)  # (B, N, N)
+        read_planes = [torch.from_numpy(read(item, size)).to(here.device) for item in batch]
+        planes = pad_sequence(read_planes, batch_first=True)  # (B, M, h, w)
+        inside = _boxes(planes, params).flatten(2) if attends else None
+        steps = dense.walk(planes.flatten(2), near, walking.steps, inside).unflatten(2, size)
+        return [(own[: len(some)],) for own, some in zip(steps, read_planes, strict=True)]
 
     way = _Way(walked, None, _as_it_is)
     return _label(here, way, items, params=params, cams=cams, num_labels=num_labels)
@@ -224,10 +229,10 @@ def _label(
 
 
 def _boxes(planes: Tensor, params: RandomWalk) -> Tensor:
-    """Boxes (M, h, w) bool of planes that walk; the background plane has the whole image."""
+    """Boxes (B, M, h, w) bool of planes that walk; the background plane has the whole image."""
     inside = dense.boxes(planes)
     if params.background == "power":
-        inside[0] = True
+        inside[:, 0] = True
     return inside
 
 
