@@ -25,6 +25,7 @@ RUNS = (
     (150, "crf.py", "--images", "6"),
     (300, "regeneration.py", "--images", "4"),
     (330, "random_walk.py"),
+    (380, "frozen.py", "--images", "12"),
     (SECONDS, "training.py"),
     (SECONDS, "crf_gpu.py"),
 )

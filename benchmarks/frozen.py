@@ -6,10 +6,14 @@
   in the type that is computed in: what is more is reading and choosing patches.
 - Dense affinities of a batch of images of one size, against one image after the other.
 
-The encoder has random weights; the images are the VOC sample's where it is there.
+The encoder is a preset's with random weights, which cost what trained ones do; the images are the
+VOC sample's where it is there. `--features` measures the first row alone and tells the peak memory:
+
+    python benchmarks/frozen.py --preset voc-frozen-dinov2-base --features
 """
 
 import argparse
+import resource
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +32,7 @@ from isim.labels.dense import batched as dense
 from isim.models import cam, folding, frozen
 from isim.models.cam import CamConfig
 from isim.models.frozen import FrozenNetwork
+from isim.params import Head
 from isim.passes.features import Features
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -42,9 +47,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--preset", default="voc-sample-fast")
+    parser.add_argument("--features", action="store_true", help="the first row alone")
     given = parser.parse_args()
     print(harness.machine())
-    params = preset.parameters("voc-sample-fast").train_cam
+    params = preset.parameters(given.preset).train_cam
     with tempfile.TemporaryDirectory() as folder:
         items = harness.items(given.images, Path(folder) / "data")
         config = cam.configure(params, tuple(map(str, range(len(items[0].known_label)))))
@@ -54,11 +61,15 @@ def main() -> None:
         place = Path(folder) / "project/.isim/resume"
         place.mkdir(parents=True)
         here = Here(place)
-        rows = [
-            extraction(here, network, config, items, given.repeats),
-            training(here, network, config, items, given),
-            affinities(given.repeats),
-        ]
+        rows = [extraction(here, network, config, items, given.repeats)]
+        if given.features:
+            # Linux counts in kibibytes.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"peak memory {peak:.1f} GiB")
+        else:
+            head = params.frozen.head.model_copy(update={"steps": given.steps})
+            rows.append(training(here, network, config, items, head, repeats=given.repeats))
+            rows.append(affinities(given.repeats))
     harness.report(rows)
 
 
@@ -105,11 +116,11 @@ def training(
     network: FrozenNetwork,
     config: CamConfig,
     items: Sequence[Item],
-    given: argparse.Namespace,
+    params: Head,
+    *,
+    repeats: int,
 ) -> harness.Row:
     """Compare a head's steps with the same arithmetic on numbers that are at hand."""
-    params = preset.parameters("voc-sample-fast").train_cam.frozen.head
-    params = params.model_copy(update={"steps": given.steps})
     features = Features(here, network, config)
     features.prepare(items)
     patches = heads.Patches(items, features.of, here.device)
@@ -138,7 +149,7 @@ def training(
 
     data = f"{len(items)} images, {len(network.centre)} channels, {params.batch} patches a step"
     case = harness.Case("head on cached features", data, ">= 0.8")
-    return harness.compare(case, bare, cached, units=params.steps, repeats=given.repeats)
+    return harness.compare(case, bare, cached, units=params.steps, repeats=repeats)
 
 
 def affinities(repeats: int) -> harness.Row:
