@@ -53,5 +53,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 # pydensecrf2 demands a Cython that cannot build for Python 3.13: build it with a newer one.
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then \
 	  $(INSTALL) Cython setuptools wheel && $(INSTALL) --no-build-isolation pydensecrf2; fi
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,onnx]'
 	touch $@

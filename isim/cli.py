@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `--help` and wrong usag
 
 import ast
 import errno
+import inspect
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 
@@ -32,6 +33,24 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     """Add a command; the list of all would cut its sentence short, were it not given again."""
     sentence, _, _ = (function.__doc__ or "").partition("\n")
     return app.command(function.__name__.replace("_", "-"), short_help=sentence)(function)
+
+
+def _with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function that takes `**options` the annotated attributes of a class as such."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        for name, annotation in get_type_hints(kind, include_extras=True).items():
+            given = {"default": getattr(kind, name), "annotation": annotation}
+            own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **given))
+        function.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def _add_stages() -> None:
@@ -133,6 +152,107 @@ def tables(
     typer.echo(text)
     if note:
         typer.echo(f"isim: note: {note}", err=True)
+
+
+class _Predict:
+    """Options of `isim predict`, by the names that `passes.predict.Options` has."""
+
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint; default: that of the project here.")
+    ] = None
+    crf: Annotated[bool, typer.Option("--crf", help="Refine masks by the dense CRF.")] = False
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Write <image>_overlay.jpg, too, with a legend.")
+    ] = False
+    tags: Annotated[
+        Path | None,
+        typer.Option(help="CSV of images and their tags: no other class is found in them."),
+    ] = None
+    min_confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Pixels less probable become 255.")
+    ] = 0.0
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write <image>.npz, too.")
+    ] = False
+    by_cam: Annotated[
+        bool, typer.Option("--cam", help="Take the CAM network and the tags, no segmenter.")
+    ] = False
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of --cam; default: train_cam.threshold.")
+    ] = None
+    side: Annotated[
+        int | None,
+        typer.Option(min=64, help="Longer side to work at; default: masks.side."),
+    ] = None
+    cleaned: Annotated[
+        bool, typer.Option("--clean/--no-clean", help="Remove specks, fill holes.")
+    ] = True
+
+
+@_command
+@_with_options(_Predict)
+def predict(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILES|FOLDERS", help="Images.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; subfolders are kept.")],
+    **options: Any,  # noqa: ANN401 - those of _Predict
+) -> None:
+    """Write masks of any images by the segmenter; exit code 1 if some were unreadable."""
+    from isim.api import trained
+    from isim.passes import predict as predictor
+
+    options["model"] = options["model"] or trained(Path.cwd(), by_cam=options["by_cam"])
+    if predictor.run(paths, out, predictor.Options(**options), Path.cwd()):
+        raise typer.Exit(1)
+
+
+class _Export:
+    """Options of `isim export`; each format takes some of them."""
+
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Folder of label maps, or a label set; default: data/masks."),
+    ] = None
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images, if not the project's.")
+    ] = None
+    polygons: Annotated[
+        bool, typer.Option("--polygons", help="coco: polygons instead of run lengths.")
+    ] = False
+    instances: Annotated[
+        Literal["parts", "classes"],
+        typer.Option(help="coco, yolo, labelstudio: connected parts, or one object a class."),
+    ] = "parts"
+    copy: Annotated[
+        bool, typer.Option("--copy", help="yolo, voc: copy images, not links to them.")
+    ] = False
+    url: Annotated[
+        str | None, typer.Option(help="labelstudio: what an image's address begins with.")
+    ] = None
+    model: Annotated[
+        Path | None, typer.Option(help="onnx: checkpoint; default: the project's segmenter.")
+    ] = None
+
+
+@_command
+@_with_options(_Export)
+def export(
+    form: Annotated[
+        Literal["coco", "yolo", "voc", "labelstudio", "overlay", "onnx"],
+        typer.Argument(metavar="FORMAT", help="coco, yolo, voc, labelstudio, overlay or onnx."),
+    ],
+    dest: Annotated[Path, typer.Argument(help="File (coco, onnx) or folder to write.")],
+    **options: Any,  # noqa: ANN401 - those of _Export
+) -> None:
+    """Write masks, or the segmenter (onnx), in the format of another tool."""
+    from isim.passes import export as exporter
+
+    if form == "onnx":
+        from isim.api import trained
+
+        options["model"] = options["model"] or trained(Path.cwd())
+    else:
+        options["source"] = options["source"] or "data/masks"
+    typer.echo(exporter.run(form, dest, exporter.Options(**options), Path.cwd()))
 
 
 @_command

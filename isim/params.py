@@ -366,6 +366,41 @@ class RandomWalk(Section):
     pictures: NonNegative
 
 
+class Masks(Section):
+    """Final label map of every image, cleaned (stage masks).
+
+    `side` bounds in pixels the longer side that images are worked on at; `least_area` and
+    `fill_holes` are shares of an image. `scales`, `flip` and `threshold` are train_cam's, and
+    `test_scales`, `test_flip` and `segmenter_crf` train_segmenter's.
+    """
+
+    labels: str
+    segmenter: str
+    crf_after: bool
+    side: Annotated[int, Field(ge=64, le=8192)]
+    least_area: BelowOne
+    fill_holes: BelowOne
+    scales: Scales
+    flip: bool
+    threshold: Fraction
+    test_scales: Scales
+    test_flip: bool
+    segmenter_crf: Crf
+    crf: Crf
+    precision: Precision
+    pictures: NonNegative
+
+    @field_validator("labels")
+    @classmethod
+    def _has_label_maps(cls, labels: str) -> str:
+        if label_set_path(labels) is None or labels == "seeds":
+            raise ValueError(
+                f"'{labels}' is no label set with label maps; use ground_truth, last_round, "
+                "round_NN, random_walk or random_walk_crf"
+            )
+        return labels
+
+
 class Evaluate(Section):
     """Scores of CAMs, of CAM + dCRF and of every round's snapshot (spec 8)."""
 
@@ -421,8 +456,15 @@ class LabelSet(Section):
 # Blocks of the top level, and the sections that carry them; the `crf` of `train_segmenter` is its
 # own.
 SHARED = {
-    "crf": ("train_cam", "train_affinity", "random_walk", "evaluate"),
+    "crf": ("train_cam", "train_affinity", "random_walk", "masks", "evaluate"),
     "dense_walk": ("train_cam", "random_walk"),
+}
+
+# Values of other sections that `masks` carries, as images are labelled by what was trained.
+OF_MASKS = {
+    **{name: ("train_cam", name) for name in ("scales", "flip", "threshold")},
+    **{name: ("train_segmenter", name) for name in ("test_scales", "test_flip")},
+    "segmenter_crf": ("train_segmenter", "crf"),
 }
 
 
@@ -443,6 +485,8 @@ class Params(Section):
     random_walk: RandomWalk
     train_affinity: TrainAffinity
     train_segmenter: TrainSegmenter
+    # After the sections whose values it carries.
+    masks: Masks
     evaluate: Evaluate
     label_sets: tuple[LabelSet, ...]
 
@@ -475,6 +519,20 @@ class Params(Section):
         # One that is wrong was reported in its own place, once.
         return {**section, "affinity": "net" if walk is None else walk.affinity}
 
+    @field_validator("masks", mode="before")
+    @classmethod
+    def _masks_carry_values(cls, section: object, info: ValidationInfo) -> object:
+        if not isinstance(section, dict):
+            return section
+        for name, (other, key) in OF_MASKS.items():
+            if name in section:
+                raise ValueError(f"its {name} is {other}.{key}; remove masks.{name}")
+            if other not in info.data:
+                # One that is wrong was reported in its own place, once.
+                return Masks.model_construct()
+            section = {**section, name: getattr(info.data[other], key)}
+        return section
+
     @model_validator(mode="after")
     def _label_sets_are_made(self) -> Self:
         # Found here, and not by DVC after all the training.
@@ -489,6 +547,11 @@ class Params(Section):
                     f"label_sets lists {name}, but the last round that train_cam makes{sure} is "
                     f"round_{rounds:02d}; list that, or last_round (path: data/pseudo_labels)"
                 )
+        if names and self.masks.segmenter not in names:
+            raise ValueError(
+                f"masks.segmenter is {self.masks.segmenter}, but label_sets lists "
+                f"{', '.join(names)}; name one of these"
+            )
         return self
 
 

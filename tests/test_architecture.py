@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from isim.params import SHARED, Params
+from isim.params import OF_MASKS, SHARED, Params
 from isim.runtime import identity
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,7 @@ STAGES = list(PIPELINE["stages"])
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"api"},
     {"stages"},
     {"stage"},
     {"passes", "training"},
@@ -36,7 +37,10 @@ LAYERS = [
 # tracked by value and params.py holds no defaults, errors are words.
 NOT_A_DEPENDENCY = {"cli", "reporting", "params", "errors"}
 # Single values that a stage knows of another's section, beside the shared blocks that it carries.
-KNOWN = {"train_affinity": {"random_walk.affinity"}}
+KNOWN = {
+    "train_affinity": {"random_walk.affinity"},
+    "masks": {f"{section}.{key}" for section, key in OF_MASKS.values()},
+}
 
 
 def module_of(path):
@@ -258,7 +262,7 @@ def test_one_word_per_stage():
     from isim.cli import app
 
     modules = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
-    others = {"preset", "results", "server-archive", "tables"}
+    others = {"preset", "results", "server-archive", "tables", "predict", "export"}
     commands = set(get_command(app).commands) - others
     # The list of label sets says what a stage runs for; no stage is handed it.
     sections = set(Params.model_fields) - {"label_sets"} - set(SHARED)

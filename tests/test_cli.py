@@ -281,3 +281,47 @@ def test_results_before_a_run_say_what_to_do(project, main):
     code, _, err = main("results")
     assert code == 2
     assert_one_line(err, "dvc repro")
+
+
+def test_predict_leaves_out_what_is_unreadable_and_says_so(main, tmp_path, monkeypatch):
+    import numpy as np
+    from PIL import Image
+    from support import checkpoints
+
+    model = checkpoints.save("frozen_segmenter", tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save("a.png")
+    options = ["--model", str(model), "--out", "masks"]
+    assert main("predict", "a.png", *options, "--overlay")[0] == 0
+    assert sorted(path.name for path in Path("masks").iterdir()) == [
+        *("a.png", "a_overlay.jpg", "classes.json")
+    ]
+    Path("broken.png").write_text("no image")
+    code, _, err = main("predict", "a.png", "broken.png", *options)
+    assert code == 1 and "left out" in err and "broken.png" in err
+    code, _, err = main("predict", "a.png", "--out", "masks")
+    assert code == 2
+    assert_one_line(err, "train_segmenter", "--model PATH")
+    assert main("predict", "a.png", "--model", str(model))[0] == 2, "no --out"
+    assert main("predict", "a.png", *options, "--min-confidence", "1.5")[0] == 2
+
+
+def test_export_writes_masks_of_a_folder(main, tmp_path, monkeypatch):
+    import numpy as np
+    from PIL import Image
+
+    from isim.data import files
+
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save("images/a.png")
+    files.write_label_map(Path("masks/a.png"), np.ones((3, 4), np.uint8))
+    Path("masks/classes.json").write_text(json.dumps(files.class_list(["background", "cat"])))
+    given = ["--from", "masks", "--images", "images"]
+    code, out, _ = main("export", "coco", "all.json", *given)
+    assert code == 0 and out == "all.json: 1 annotations of 1 images\n"
+    assert json.loads(Path("all.json").read_text())["annotations"][0]["area"] == 12
+    code, _, err = main("export", "coco", "all.json", *given, "--copy")
+    assert code == 2
+    assert_one_line(err, "--copy means nothing for coco")
+    assert main("export", "pascal", "x")[0] == 2

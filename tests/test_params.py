@@ -114,6 +114,7 @@ def test_a_round_that_is_not_made_for_certain_is_refused(change, rounds, tree):
     tree["train_cam"] |= change
     names = [f"round_{number:02d}" for number in (1, rounds, rounds + 1)]
     sets = [{"name": name, "path": f"data/pseudo_labels/{name}"} for name in dict.fromkeys(names)]
+    tree["masks"]["segmenter"] = names[0]
     params.validate(tree | {"label_sets": sets[:-1]}, "params.yaml")
     tree["label_sets"] = sets
     sure = " for certain" if "round_rule" in change else ""
@@ -170,6 +171,22 @@ def test_a_wrong_affinity_is_reported_once(tree):
 def test_a_missing_section_is_named(name, tree):
     del tree[name]
     assert refusal(tree).startswith(f"{name}: missing;")
+
+
+def test_masks_carry_what_was_trained(tree):
+    made = params.validate(tree, "here")
+    for name, (section, key) in params.OF_MASKS.items():
+        assert getattr(made.masks, name) == getattr(getattr(made, section), key)
+    wrong = tree["masks"] | {"threshold": 0.4}
+    message = "masks: its threshold is train_cam.threshold; remove masks.threshold"
+    assert refusal(tree | {"masks": wrong}) == message
+    message = refusal(tree | {"masks": tree["masks"] | {"labels": "seeds"}})
+    assert message.startswith("masks.labels: 'seeds' is no label set with label maps")
+    message = refusal(tree | {"masks": tree["masks"] | {"segmenter": "random_walk"}})
+    assert message.startswith("masks.segmenter is random_walk, but label_sets lists")
+    # A section whose values they carry is told alone.
+    tree["train_cam"]["scales"] = []
+    assert refusal(tree).startswith("train_cam.scales: ")
 
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path):

@@ -57,6 +57,7 @@ def unbroken(copies, lives):
         "random_walk": Life(ENDED, 0, 16 + 16),
         # Each image of val is written twice, before and after the dCRF.
         "train_segmenter": Life(ENDED, 4, 8 + 8),
+        "masks": Life(ENDED, 0, 16 + 8),
         "evaluate": Life(ENDED, 0, 2 + 2),
     }
     for stage, life in expected.items():
@@ -85,6 +86,7 @@ OUTS = {
     "train_affinity": ("data/affinity_labels",),
     "random_walk": ("data/random_walk",),
     "train_segmenter": ("data/predictions",),
+    "masks": ("data/masks",),
     "evaluate": (),
 }
 
@@ -212,6 +214,16 @@ def test_changed_parameters_start_anew_and_bf16_ends_bit_equal_too(copies, lives
                 ("when a refined prediction is renamed", 3): Life(KILLED, 0, 5),
                 # The model is there, the predictions are not.
                 ("after a folder was copied", 2): Life(KILLED, 0, 8),
+            },
+        ),
+        (
+            "masks",
+            {
+                # The fifth is not in the journal yet.
+                ("after a label map", 5): Life(KILLED, 0, 5),
+                # By CAMs, the third one.
+                ("when a label map is renamed", 15): Life(KILLED, 0, 14),
+                ("after a folder was copied", 1): Life(KILLED, 0, 6),
             },
         ),
     ],

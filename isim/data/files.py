@@ -5,6 +5,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -120,6 +121,15 @@ def voc_palette() -> np.ndarray:
     weights = 128 >> np.arange(8)
     palette: np.ndarray = np.einsum("ibc,b->ic", bits.reshape(256, 8, 3), weights)
     return palette.astype(np.uint8)
+
+
+def class_list(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Describe labels 0..L-1 for `classes.json`: id, name and colour (RGB) of each."""
+    colours = voc_palette()[: len(names)].tolist()
+    return [
+        {"id": number, "name": name, "colour": colour}
+        for number, (name, colour) in enumerate(zip(names, colours, strict=True))
+    ]
 
 
 def write_cam(path: Path, cam: np.ndarray, class_ids: np.ndarray, size: tuple[int, int]) -> None:

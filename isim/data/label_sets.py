@@ -1,6 +1,6 @@
 """Label sets that segmenters train on: the file that holds an image's label map (spec 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from isim.data.prepared import Item
@@ -38,6 +38,24 @@ def sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[st
             f"label set '{name}': none of the {len(items)} images of split '{split}' has a label "
             f"map; {remedy}"
         )
+    return found
+
+
+def available(name: str, splits: Mapping[str, Sequence[Item]], root: Path) -> dict[str, Path]:
+    """Find the label maps that a label set has of images of any split, by id; some have none.
+
+    Raises:
+        UserError: There is none at all; the error is that of the first split.
+    """
+    found: dict[str, Path] = {}
+    errors: list[UserError] = []
+    for split, items in splits.items():
+        try:
+            found |= sources(name, split, items, root)
+        except UserError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Stage 7: score CAMs and pseudo-labels on the masks."""
+"""Stage 8: score CAMs and pseudo-labels on the masks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

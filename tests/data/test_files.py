@@ -140,3 +140,11 @@ def test_damaged_cam_is_refused(tmp_path, damage):
             stream.write({"empty": b"", "text": b"hello", "cut": data[: len(data) // 2]}[damage])
     with pytest.raises(UserError, match="not a CAM file; run `isim export-cams`"):
         files.read_cam(path)
+
+
+def test_classes_are_listed_with_their_colours():
+    listed = files.class_list(["background", "cat"])
+    assert listed == [
+        {"id": 0, "name": "background", "colour": [0, 0, 0]},
+        {"id": 1, "name": "cat", "colour": [128, 0, 0]},
+    ]

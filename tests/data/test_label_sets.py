@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from isim.data import label_sets
+from isim.data import label_sets, prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 
@@ -64,3 +64,13 @@ def test_maps_to_start_from_are_there_for_all_or_the_first_that_is_not_is_named(
     words = rf"^train_cam\.start: {tmp_path} has no label map of 1 of 3 images, such as a\.png; "
     with pytest.raises(UserError, match=words):
         label_sets.require_maps(tmp_path, ITEMS)
+
+
+def test_a_label_set_is_looked_for_in_all_splits(finished_project):
+    splits = prepared.load(finished_project).splits
+    found = label_sets.available("last_round", splits, finished_project)
+    assert found.keys() == {item.id for item in splits["train"]}
+    every = label_sets.available("ground_truth", splits, finished_project)
+    assert every.keys() == {item.id for items in splits.values() for item in items}
+    with pytest.raises(UserError, match="label set 'round_09'"):
+        label_sets.available("round_09", splits, finished_project)

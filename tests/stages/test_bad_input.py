@@ -15,7 +15,7 @@ from isim.errors import UserError
 from isim.params import Params
 
 TRAININGS = ("train_cam", "train_affinity", "train_segmenter")
-STAGES = (*TRAININGS, "export_cams", "random_walk", "evaluate")
+STAGES = (*TRAININGS, "export_cams", "random_walk", "masks", "evaluate")
 
 
 def without(name):
@@ -76,7 +76,10 @@ BAD_INPUT = [
         (stage, add_unlabelled_split, {name: value}, "image labels of split 'test' are unknown")
         for stage, name, value in SPLITS
     ),
-    *((stage, cut_an_image, {}, " is unreadable") for stage in (*TRAININGS, "random_walk")),
+    *(
+        (stage, cut_an_image, {}, " is unreadable")
+        for stage in (*TRAININGS, "random_walk", "masks")
+    ),
     *((stage, swap_cams, {}, "other classes than") for stage in ("train_affinity", "evaluate")),
     ("train_cam", None, {"batch": 1}, "train_cam.batch: the decoder's batch statistics"),
     ("train_cam", add_unlabelled_split, {}, "no split 'val'"),
@@ -93,6 +96,9 @@ BAD_INPUT = [
         "train_segmenter.batch: the decoder's batch statistics",
     ),
     ("train_segmenter", put_other_classes, {}, "holds label 6 of 0..5"),
+    ("masks", without("data/pseudo_labels"), {}, "run `isim train-cam` first"),
+    ("masks", without("models/train_cam"), {}, "run `isim train-cam` first"),
+    ("masks", put_other_classes, {"labels": "round_02"}, "holds label 6 of 0..5"),
     ("evaluate", without("data/cams"), {}, "holds no CAMs; run `isim export-cams` first"),
     ("evaluate", without("data/cams/val/val_00003.npz"), {}, "val_00003.npz is missing"),
     ("evaluate", lambda root: (root / "data/cams/old").mkdir(), {}, "no split 'old'"),

@@ -97,6 +97,19 @@ def marginals(
     return _reference(image, unary, settings)
 
 
+def label_energies(label: NDArray[np.integer], count: int, gt_prob: float) -> NDArray[np.float32]:
+    """Make the energies (L, H, W) of hard labels (H, W) in 0 .. count - 1.
+
+    A label is right with probability `gt_prob`; where it is beyond (255) it is not known, and all
+    energies are equal.
+    """
+    if count == 1:
+        return np.zeros((1, *label.shape), np.float32)
+    own, other = -math.log(gt_prob), -math.log((1 - gt_prob) / (count - 1))
+    planes = label == np.arange(count).reshape(-1, 1, 1)
+    return np.where(planes | (label >= count), np.float32(own), np.float32(other))
+
+
 def uses_kernel() -> bool:
     """Tell whether the C++ kernel computes, and not pydensecrf: also beside a GPU (`torch`)."""
     backend = kernels.crf_backend()

@@ -183,3 +183,12 @@ def test_a_coarse_seed_is_drawn_to_the_edges_of_the_image(crf):
     assert ((planes.argmax(0) > 0) != (truth > 0)).mean() > 0.1
     refined = crf.refine_soft(image, planes, SEGMENTER)
     assert (refined != (truth > 0)).mean() < 0.005
+
+
+def test_energies_of_labels_are_those_of_the_seed():
+    label = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
+    found = np.exp(-refine.label_energies(label, 3, 0.7))
+    assert np.allclose(found[:, 0, 1], [0.15, 0.7, 0.15])
+    # Where a label is not known no one is more likely.
+    assert len(set(found[:, 1, 1].tolist())) == 1
+    assert refine.label_energies(label, 1, 0.7).shape == (1, 2, 3)

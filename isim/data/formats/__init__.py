@@ -1,0 +1,1 @@
+"""Formats of other tools: labels read from them, masks written for them."""

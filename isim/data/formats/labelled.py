@@ -1,0 +1,212 @@
+"""Images with label maps that are to be written in another format."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from isim.data import files, label_sets, prepared
+from isim.errors import UserError
+from isim.params import label_set_path
+
+A = TypeVar("A")
+# Seconds between two lines about the progress.
+EVERY = 10.0
+# Folders that file managers and servers leave.
+_ASIDE = {"@eaDir", ".ipynb_checkpoints", "__MACOSX"}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image with its label map: `id` is a relative path without suffix, split may be empty."""
+
+    id: str
+    image: Path
+    path: Path
+    split: str
+
+    def read(self) -> NDArray[np.uint8]:
+        """Read the (H, W, 3) uint8 RGB image; errors as `files.read_image`."""
+        return files.read_image(self.image)
+
+    def label(self) -> NDArray[np.uint8]:
+        """Read the (H, W) uint8 label map, 255 = ignore. UserError where sizes differ."""
+        label = files.read_label_map(self.path)
+        size = files.image_size(self.image)
+        if label.shape != size:
+            raise UserError(
+                f"{self.path} is {label.shape[1]}x{label.shape[0]} pixels, {self.image} "
+                f"{size[1]}x{size[0]}; make the label maps again, or name the images they are of"
+            )
+        return label
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Images with label maps, and the names of labels 0..L-1, the background's first."""
+
+    names: tuple[str, ...]
+    entries: tuple[Labelled, ...]
+
+    def told(self, what: str, entries: Sequence[Labelled] | None = None) -> Iterator[Labelled]:
+        """Yield the entries, or some of them, telling how far it is."""
+        yield from told(self.entries if entries is None else entries, what)
+
+    def splits(self) -> dict[str, list[Labelled]]:
+        """Group the entries by split; all are `train` where there are none."""
+        found: dict[str, list[Labelled]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.split or "train", []).append(entry)
+        return found
+
+    def flat_ids(self) -> dict[str, str]:
+        """Name each entry for a format without subfolders: `/` becomes `__`, by its id.
+
+        Raises UserError where two become one.
+        """
+        flat = {entry.id: entry.id.replace("/", "__") for entry in self.entries}
+        if len(set(flat.values())) < len(flat):
+            twice = next(name for name in flat.values() if [*flat.values()].count(name) > 1)
+            raise UserError(f"two images would both be named {twice}; rename one of them")
+        return flat
+
+
+def told(values: Sequence[A], what: str) -> Iterator[A]:
+    """Yield values; on stderr a line every ten seconds tells how many of how many."""
+    start = last = time.monotonic()
+    for number, value in enumerate(values):
+        now = time.monotonic()
+        if now - last >= EVERY:
+            left = (now - start) / number * (len(values) - number)
+            print(f"{what}: {number} of {len(values)}, {left:.0f} s left", file=sys.stderr)
+            last = now
+        yield value
+
+
+def put_image(entry: Labelled, path: Path, *, copy: bool) -> None:
+    """Put an image at `path`: a link to it, or a copy.
+
+    One that its EXIF data tell to turn is written upright, since many readers do not turn it.
+    Raises UserError for an unreadable image.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_turned(entry.image):
+        Image.fromarray(entry.read()).save(path, quality=95)
+    elif copy:
+        shutil.copyfile(entry.image, path)
+    else:
+        path.symlink_to(entry.image.resolve())
+
+
+def is_turned(path: Path) -> bool:
+    """Tell whether an image's EXIF data say that it is to be turned or mirrored."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+
+
+def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
+    """Find label maps and their images.
+
+    Args:
+        source: A folder of label maps `<id>.png`, such as data/masks or what `isim predict` wrote,
+            or the name of a label set.
+        images: Folder of the images; None: those of the project.
+        root: Project folder.
+
+    Raises:
+        UserError: No such folder or label set, no label map, a label map without an image, no
+            names of classes.
+    """
+    folder = root / source
+    splits = _splits(root) if images is None else {"": _below(images)}
+    if label_set_path(source) is not None and not folder.is_dir():
+        data = prepared.load(root)
+        stored = label_sets.available(source, data.splits, root)
+        if source == "seeds":
+            raise UserError("label set seeds holds CAMs, not label maps; choose another one")
+        names = ("background", *data.classes)
+    elif folder.is_dir():
+        stored = {_id(path, folder): path for path in sorted(folder.rglob("*.png"))}
+        stored = {id_: path for id_, path in stored.items() if not _is_aside(path, folder)}
+        names = _names(folder, root)
+    else:
+        raise UserError(
+            f"{source} is neither a folder nor a label set; give data/masks, a folder of label "
+            "maps or a name such as last_round"
+        )
+    if not stored:
+        raise UserError(f"{folder} holds no label maps (*.png); run `isim masks` first")
+    found = {
+        id_: Labelled(id_, path, stored[id_], split)
+        for split, paths in splits.items()
+        for id_, path in paths.items()
+        if id_ in stored
+    }
+    without = sorted(stored.keys() - found.keys())
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(stored)} label maps have no image, such as {without[0]}.png; "
+            "name the folder of the images by --images"
+        )
+    return LabelledSet(names, tuple(found[id_] for id_ in sorted(found)))
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Find images of a folder and its subfolders by their suffixes, in order; no hidden ones."""
+    known = Image.registered_extensions()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in known and path.is_file() and not _is_aside(path, folder):
+            yield path
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"--images: {folder} is no folder; name that of the images")
+    return by_id((path, folder) for path in images_below(folder))
+
+
+def by_id(paths: Iterable[tuple[Path, Path]]) -> dict[str, Path]:
+    """Name images, each with the folder that its id is relative to. UserError for two of a name."""
+    found: dict[str, Path] = {}
+    for path, folder in paths:
+        other = found.setdefault(_id(path, folder), path)
+        if other != path:
+            raise UserError(f"{other} and {path} would have one mask; rename one of them")
+    return found
+
+
+def _id(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _is_aside(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    return any(part.startswith(".") or part in _ASIDE for part in parts)
+
+
+def _splits(root: Path) -> Mapping[str, dict[str, Path]]:
+    """Images of the project by split and id; one that is in several splits is in the first."""
+    found: dict[str, dict[str, Path]] = {}
+    seen: set[str] = set()
+    for split, items in prepared.load(root).splits.items():
+        found[split] = {item.id: item.image for item in items if item.id not in seen}
+        seen |= found[split].keys()
+    return found
+
+
+def _names(folder: Path, root: Path) -> tuple[str, ...]:
+    path = folder / "classes.json"
+    if not path.exists():
+        return ("background", *prepared.load(root).classes)
+    try:
+        return tuple(entry["name"] for entry in json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of classes; make the label maps again") from error

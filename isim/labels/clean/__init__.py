@@ -1,0 +1,1 @@
+"""Cleaning: small parts and holes of label maps."""

@@ -1,0 +1,109 @@
+"""Masks and segmenters in the formats of other tools: `isim export`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from isim.data import prepared
+from isim.data.formats import labelled
+from isim.data.formats.coco import write_coco
+from isim.data.formats.labelled import LabelledSet
+from isim.data.formats.labelstudio import LOCAL, write_labelstudio
+from isim.data.formats.overlay import write_overlays
+from isim.data.formats.regions import Instances
+from isim.data.formats.voc import write_voc
+from isim.data.formats.yolo import write_yolo
+from isim.errors import UserError
+from isim.runtime import atomic
+
+# Options that a format takes beside `source` and `images`.
+TAKES = {
+    "coco": {"polygons", "instances"},
+    "yolo": {"copy", "instances"},
+    "voc": {"copy"},
+    "labelstudio": {"url", "instances"},
+    "overlay": set[str](),
+    "onnx": {"model"},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of all formats; the label maps' `source` and the `model` are needed where taken."""
+
+    source: str | None = None
+    images: Path | None = None
+    polygons: bool = False
+    instances: Instances = "parts"
+    copy: bool = False
+    url: str | None = None
+    model: Path | None = None
+
+
+def run(form: str, dest: Path, options: Options, root: Path) -> str:
+    """Write label maps, or the segmenter, in a format; returns a line about what was written.
+
+    Raises UserError for options that the format does not take, for a destination that is there and
+    is not of this kind, and as the format's writer.
+    """
+    allowed = TAKES[form] | ({"images"} if form == "onnx" else {"source", "images"})
+    for field in fields(options):
+        if field.name not in allowed and getattr(options, field.name) != field.default:
+            name = "from" if field.name == "source" else field.name
+            raise UserError(f"--{name} means nothing for {form}; leave it out")
+    is_file = form in ("coco", "onnx")
+    if is_file and not dest.suffix:
+        raise UserError(
+            f"{form} is a file; name one, such as {dest}.{form.replace('coco', 'json')}"
+        )
+    if not is_file and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{dest} exists and is no empty folder; name another or empty it")
+    if form == "onnx":
+        return _onnx(dest, options, root)
+    data = labelled.collect(str(options.source), options.images, root)
+    return f"{dest}: {_writers(data, dest, options)[form]()} of {len(data.entries)} images"
+
+
+def _writers(data: LabelledSet, dest: Path, options: Options) -> dict[str, Callable[[], str]]:
+    instances = options.instances
+
+    def coco() -> str:
+        count = write_coco(data, dest, polygons=options.polygons, instances=instances)
+        turned = sum(labelled.is_turned(entry.image) for entry in data.entries)
+        note = f" ({turned} images are turned by EXIF: read them so)" if turned else ""
+        return f"{count} annotations{note}"
+
+    def yolo() -> str:
+        count = write_yolo(data, dest, copy=options.copy, instances=instances)
+        note = "" if "val" in data.splits() else " (no split val: data.yaml names train for it)"
+        return f"{count} objects{note}"
+
+    def studio() -> str:
+        with atomic.atomic_directory(dest) as building:
+            url = options.url or LOCAL
+            count = write_labelstudio(data, building, url=url, instances=instances)
+        return f"{count} tasks to import"
+
+    def overlays() -> str:
+        with atomic.atomic_directory(dest) as building:
+            return f"{write_overlays(data, building)} overlays"
+
+    return {
+        "coco": coco,
+        "yolo": yolo,
+        "voc": lambda: f"a devkit, {write_voc(data, dest, copy=options.copy)} masks",
+        "labelstudio": studio,
+        "overlay": overlays,
+    }
+
+
+def _onnx(dest: Path, options: Options, root: Path) -> str:
+    # Its libraries are an extra.
+    from isim.passes import onnx_file
+
+    if options.images is not None:
+        images = list(labelled.images_below(options.images))
+    else:
+        splits = prepared.load(root).splits.values()
+        images = [item.image for items in splits for item in items]
+    return onnx_file.write(dest, Path(str(options.model)), images)

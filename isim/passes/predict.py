@@ -1,0 +1,186 @@
+"""Masks of any image files by a trained network: `isim predict`."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isim.data import files
+from isim.data.formats import labelled, overlay
+from isim.data.formats.tags import tags_of
+from isim.errors import UserError
+from isim.experiments import preset
+from isim.labels.clean.clean import clean
+from isim.metrics import IGNORE
+from isim.models import cam, segmenter
+from isim.params import Params, load
+from isim.passes.photographs import Answer, BySegmenter, ByTags
+from isim.runtime import atomic
+from isim.runtime.here import Here
+
+# The classes of an image where they are known, None where they are not.
+Known = NDArray[np.int64] | None
+Answers = Callable[[NDArray[np.uint8], Known], Answer]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Wishes of one who predicts; those that are None are the project's, or the package's own.
+
+    `model` is a checkpoint of train_segmenter or, `by_cam`, of train_cam.
+    """
+
+    model: Path
+    by_cam: bool = False
+    crf: bool = False
+    overlay: bool = False
+    probabilities: bool = False
+    tags: Path | None = None
+    min_confidence: float = 0.0
+    threshold: float | None = None
+    side: int | None = None
+    cleaned: bool = True
+
+
+def run(paths: Sequence[Path], out: Path, options: Options, root: Path) -> int:
+    """Predict files, and those below folders, to `<out>/<id>.png`; returns how many it could not.
+
+    An id is the path relative to the folder that was given, without suffix. A file that cannot be
+    read, or has no tags where they are needed, is told and left out.
+
+    Raises UserError for options that do not go together, no images, no such model, or a failed
+    write.
+    """
+    if options.by_cam and options.tags is None:
+        raise UserError("--cam needs --tags FILE: a CAM is that of a tag")
+    if options.by_cam and not options.crf and (options.min_confidence or options.probabilities):
+        raise UserError("CAMs are no probabilities; add --crf, whose result has them")
+    params = _parameters(root)
+    chosen = _images(paths, out)
+    answer, classes = _network(options, params, root)
+    tags = None if options.tags is None else _known(options.tags, chosen, classes)
+    names = ("background", *classes)
+    atomic.write_json(out / "classes.json", files.class_list(names))
+    left_out = 0
+    for id_, path in labelled.told(list(chosen.items()), "predict"):
+        try:
+            image = files.read_image(path)
+            if options.by_cam and tags is not None and id_ not in tags:
+                raise UserError(f"{path} has no row in {options.tags}")
+        except UserError as error:
+            print(f"isim: left out: {error}", file=sys.stderr)
+            left_out += 1
+            continue
+        found = answer(image, None if tags is None else tags.get(id_))
+        _write(found, image, out / id_, options, params=params, names=names)
+    print(f"{out}: {len(chosen) - left_out} masks", file=sys.stderr)
+    if left_out:
+        print(f"isim: {left_out} of {len(chosen)} files were left out", file=sys.stderr)
+    return left_out
+
+
+def _parameters(root: Path) -> Params:
+    """Return the project's parameters; outside one those of the preset `demo`."""
+    path = root / "params.yaml"
+    return load(path) if path.exists() else preset.parameters("demo")
+
+
+def _images(paths: Sequence[Path], out: Path) -> dict[str, Path]:
+    found: list[tuple[Path, Path]] = []
+    for path in paths:
+        if path.is_dir():
+            # What an earlier run wrote is no image to predict.
+            own = out.resolve() != path.resolve()
+            found += [
+                (one, path)
+                for one in labelled.images_below(path)
+                if not (own and one.resolve().is_relative_to(out.resolve()))
+            ]
+        elif path.exists():
+            found.append((path, path.parent))
+        else:
+            raise UserError(f"{path} does not exist; name image files or folders of them")
+    if not found:
+        raise UserError(f"no images in {', '.join(map(str, paths))}; name files or other folders")
+    chosen = labelled.by_id(found)
+    for id_, path in chosen.items():
+        if (out / f"{id_}.png").resolve() == path.resolve():
+            raise UserError(f"the mask of {path} would replace it; name another folder by --out")
+    return chosen
+
+
+def _network(options: Options, params: Params, root: Path) -> tuple[Answers, tuple[str, ...]]:
+    """Load the network and tell how it answers."""
+    given, here = params.masks, Here(root / ".isim", params.masks.precision)
+    side = options.side or given.side
+    if not options.by_cam:
+        network, config = segmenter.load(options.model)
+        scales, flip = given.test_scales, given.test_flip
+        answers = BySegmenter(here, network, config, side=side, scales=scales, flip=flip)
+        return answers, config.classes
+    model, about = cam.load(options.model)
+    by_tags = ByTags(here, model, about, side=side, scales=given.scales, flip=given.flip)
+    threshold = options.threshold or given.threshold
+
+    def answer(image: NDArray[np.uint8], known: Known) -> Answer:
+        return by_tags(image, np.zeros(0, np.int64) if known is None else known, threshold)
+
+    return answer, about.classes
+
+
+def _known(
+    path: Path, images: Mapping[str, Path], classes: Sequence[str]
+) -> dict[str, NDArray[np.int64]]:
+    """Find the classes of images in a file of tags, by id; tells how many have none.
+
+    Raises UserError for a tag that is no class.
+    """
+    tags = tags_of(path)
+    unknown = sorted({tag for row in tags.values() for tag in row} - set(classes))
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} tags are no classes of the model, such as '{unknown[0]}'; it "
+            f"knows {', '.join(classes)[:120]}"
+        )
+    found = {}
+    for id_ in images:
+        # A row may name the file alone, or where it lies.
+        row = tags.get(id_, tags.get(id_.rpartition("/")[2]))
+        if row is not None:
+            found[id_] = np.array(sorted({classes.index(tag) + 1 for tag in row}), np.int64)
+    without = len(images) - len(found)
+    if without:
+        print(f"isim: {without} of {len(images)} images have no row in {path}", file=sys.stderr)
+    return found
+
+
+def _write(
+    found: Answer,
+    image: NDArray[np.uint8],
+    place: Path,
+    options: Options,
+    *,
+    params: Params,
+    names: Sequence[str],
+) -> None:
+    """Write an image's mask, last, and what else is wanted beside it."""
+    if options.crf:
+        found = found.refined(params.crf if options.by_cam else params.masks.segmenter_crf)
+    label = found.label()
+    if options.cleaned:
+        label = clean(label, params.masks.least_area, params.masks.fill_holes)
+    if options.min_confidence:
+        label[found.label(options.min_confidence) == IGNORE] = IGNORE
+    if options.probabilities:
+        with atomic.atomic_path(place.with_name(f"{place.name}.npz")) as temporary:
+            planes = found.planes.astype(np.float16)
+            np.savez_compressed(
+                temporary, probabilities=planes, labels=found.labels, size=found.size
+            )
+    if options.overlay:
+        picture = overlay.drawn(image, label, names)
+        overlay.write_jpeg(place.with_name(f"{place.name}_overlay.jpg"), picture)
+    files.write_label_map(place.with_name(f"{place.name}.png"), label)

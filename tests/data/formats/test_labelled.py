@@ -1,0 +1,74 @@
+"""Label maps and their images, found for other formats."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isim.data import files
+from isim.data.formats import labelled
+from isim.errors import UserError
+
+
+def put(path, size=(4, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path)
+
+
+def test_a_folder_of_predictions_with_its_images(tmp_path):
+    for id_ in ("a", "box/b"):
+        put(tmp_path / f"images/{id_}.jpg")
+        files.write_label_map(tmp_path / f"out/{id_}.png", np.zeros((4, 6), np.uint8))
+    put(tmp_path / "images/.hidden/c.jpg")
+    put(tmp_path / "images/@eaDir/a.jpg")
+    put(tmp_path / "images/without.jpg")
+    listed = files.class_list(["background", "cat"])
+    (tmp_path / "out/classes.json").write_text(json.dumps(listed))
+    data = labelled.collect("out", tmp_path / "images", tmp_path)
+    assert [entry.id for entry in data.entries] == ["a", "box/b"]
+    assert data.names == ("background", "cat") and [*data.splits()] == ["train"]
+    assert data.flat_ids() == {"a": "a", "box/b": "box__b"}
+
+
+def test_label_sets_and_masks_of_a_project(finished_project):
+    data = labelled.collect("last_round", None, finished_project)
+    assert len(data.entries) == 16 and [*data.splits()] == ["train"]
+    assert data.entries[0].label().shape == (64, 64)
+    folder = labelled.collect("data/pseudo_labels/round_01", None, finished_project)
+    assert [entry.id for entry in folder.entries] == [entry.id for entry in data.entries]
+    assert folder.names == data.names and folder.names[0] == "background"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nothing", "neither a folder nor a label set"),
+        ("images", "1 of 1 label maps have no image, such as c.png"),
+        ("data/cams", "holds no label maps"),
+        ("seeds", "CAMs, not label maps"),
+        ("ground_truth_2", "neither"),
+    ],
+)
+def test_what_is_not_there_is_told(source, words, finished_project, tmp_path):
+    put(tmp_path / "images/c.png")
+    source = str(tmp_path / "images") if source == "images" else source
+    with pytest.raises(UserError, match=words):
+        labelled.collect(source, None, finished_project)
+
+
+def test_a_label_map_of_another_size_is_told(tmp_path):
+    put(tmp_path / "images/a.jpg")
+    files.write_label_map(tmp_path / "out/a.png", np.zeros((4, 5), np.uint8))
+    (tmp_path / "out/classes.json").write_text(json.dumps(files.class_list(["background", "x"])))
+    (entry,) = labelled.collect("out", tmp_path / "images", tmp_path).entries
+    with pytest.raises(UserError, match=r"5x4 pixels.*6x4"):
+        entry.label()
+
+
+def test_a_line_every_ten_seconds_tells_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(labelled.time, "monotonic", lambda: next(clock))
+    assert list(labelled.told([1, 2, 3, 4, 5], "coco")) == [1, 2, 3, 4, 5]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["coco: 1 of 5, 48 s left", "coco: 3 of 5, 16 s left"]
