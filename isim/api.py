@@ -210,7 +210,10 @@ class Project:
         """Figures of the stages that have run, reports/<stage>/metrics.json, by stage."""
         folder = self.root / "reports"
         found = sorted(folder.rglob("metrics.json"))
-        return {p.parent.relative_to(folder).as_posix(): json.loads(p.read_text()) for p in found}
+        return {
+            p.parent.relative_to(folder).as_posix(): json.loads(p.read_text(encoding="utf-8"))
+            for p in found
+        }
 
     @property
     def label_sets(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` and wrong usag
 import ast
 import errno
 import inspect
+import io
 import os
 import re
 import signal
@@ -60,7 +61,7 @@ def _add_stages() -> None:
     """
     found = []
     for path in (Path(__file__).parent / "stages").glob("*.py"):
-        page = ast.parse(path.read_text())
+        page = ast.parse(path.read_text(encoding="utf-8"))
         title = (ast.get_docstring(page) or "").partition("\n")[0]
         numbered = re.match(r"Stage (\d+): ", title)
         for node in page.body if numbered else ():
@@ -304,12 +305,20 @@ def _options(
 
 def main() -> None:
     """Entry point: errors of the user become one line and exit code 2."""
+    if sys.getfilesystemencoding() != "utf-8":
+        # Names of files are of any script, whatever the locale can write; Python decides at start.
+        command = [sys.executable, "-X", "utf8", "-m", "isim", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"PYTHONUTF8": "1"})
     # Network threads share the cores with dCRF helpers and loaders: one that spins while it waits
     # takes their time. Read by OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Without this a terminated run would skip its context managers: MLflow would show it as
     # running for ever, and loader processes would outlive it.
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files are of any script, whatever a terminal can show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Exception as error:

@@ -73,13 +73,26 @@ class Shapes(Section):
 class Prepare(Section):
     """Source of the images."""
 
-    source: Literal["shapes", "voc", "folder"]
+    source: Literal["shapes", "voc", "coco", "folder"]
     root: str
+    labels: str
     download: bool
     sbd: bool
-    val_fraction: Fraction
+    val_fraction: BelowOne
     seed: NonNegative
+    unreadable: Literal["error", "skip"]
+    mask_values: dict[Annotated[int, Field(ge=0, le=255)], str]
+    sixteen_bit: Literal["refuse"] | tuple[float, float]
     shapes: Shapes
+
+    @model_validator(mode="after")
+    def _range_is_ascending(self) -> Self:
+        if self.sixteen_bit != "refuse" and self.sixteen_bit[0] >= self.sixteen_bit[1]:
+            raise ValueError(
+                f"sixteen_bit: {list(self.sixteen_bit)} is no range; write [low, high], such as "
+                "[0, 65535]"
+            )
+        return self
 
 
 class Crf(Section):
@@ -562,7 +575,7 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
         UserError: The file is missing, unreadable or no mapping.
     """
     try:
-        tree = YAML(typ="rt").load(path.read_text())
+        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
@@ -582,7 +595,7 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
 def load(path: Path) -> Params:
     """Read and check `params.yaml`; errors are those of `read_yaml` and of `validate`."""
     read_yaml(path)
-    return validate(YAML(typ="safe").load(path.read_text()), str(path))
+    return validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")), str(path))
 
 
 def validate(tree: dict[str, Any], where: str) -> Params:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from isim.data import prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.params import Params, load
@@ -115,8 +116,9 @@ def opened(
     """Open a stage: identity, resume folder, MLflow run.
 
     An interrupted run of the same identity goes on in its resume folder. After the block the folder
-    is removed, unless the block failed. Raises UserError when the hosts of this run differ, the
-    tracking store cannot be reached, or a folder cannot be written.
+    is removed, unless the block failed. Raises UserError when images are not those that were
+    prepared, the hosts of this run differ, the tracking store cannot be reached, or a folder cannot
+    be written.
 
     Args:
         word: The stage's word.
@@ -125,6 +127,8 @@ def opened(
         reads: Name -> file or folder that the result depends on; what does not exist is left out.
         label_set: Name of one, where the stage runs once for each.
     """
+    if prepared.FOLDER in reads:
+        _require_unchanged(root)
     words = tuple(filter(None, (word, label_set)))
     base = home(root) / ".isim"
     here = Stage(
@@ -146,6 +150,18 @@ def opened(
             here.tracked.tag("device", str(here.device))
         yield here
     checkpoint.remove(here.resume)
+
+
+def _require_unchanged(root: Path) -> None:
+    """Check the images in the first process: all read the same files."""
+    told = ""
+    if processes.is_main():
+        try:
+            prepared.require_unchanged(root)
+        except UserError as error:
+            told = str(error)
+    if told := processes.broadcast(told):
+        raise UserError(told)
 
 
 def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:

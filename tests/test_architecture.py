@@ -332,3 +332,17 @@ def test_the_cli_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "mlflow", "numpy", "cv2", "dvc", "pydantic", "matplotlib", "ruamel.yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_text_files_are_utf8_whatever_the_locale_is():
+    """Names of images and classes are of any script."""
+    for name, node in nodes(ast.Call):
+        called = getattr(node.func, "attr", "")
+        words = {word.arg for word in node.keywords}
+        modes = [ast.unparse(argument) for argument in node.args[:1]]
+        opens = called == "open" and not any("b" in mode or mode == "path" for mode in modes)
+        library = ast.unparse(node.func) in ("Image.open", "tarfile.open", "os.open")
+        if called in ("read_text", "write_text") or (opens and not library):
+            ours = ast.unparse(node.func) in ("atomic.write_text",)
+            assert ours or "encoding" in words, f"{name}:{node.lineno} names no encoding"
+        assert "text" not in words or called != "run", f"{name}:{node.lineno}: encoding= for text="

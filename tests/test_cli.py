@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -94,7 +95,7 @@ def test_wrong_usage_is_exit_code_2(arguments, main):
         (r"  threshold: .*", "  treshold: 0.3", ["treshold", "did you mean threshold"]),
         (r"  threshold: .*", "  threshold: high", ["train_cam.threshold", "high"]),
         (r"  batch: .*", "  batch: 0", ["train_cam.batch", "greater than 0"]),
-        (r"  source: .*", "  source: coco", ["prepare.source", "coco", "voc"]),
+        (r"  source: .*", "  source: cityscapes", ["prepare.source", "cityscapes", "voc"]),
         (r"  warmup_epochs: .*", "  warmup_epochs: 999", ["train_cam", "warmup_epochs", "epochs"]),
         (r"    profile: .*", "    profile: official", ["train_cam", "profile", "custom"]),
         (r"\nprepare:", "\n\tprepare:", ["params.yaml", "line"]),
@@ -200,6 +201,28 @@ def test_a_tracking_server_that_is_not_there_stops_a_stage_before_it_writes(proj
     assert done.returncode == 2
     assert_one_line(done.stderr, "cannot", "MLFLOW_TRACKING_URI")
     assert not (project / "data").exists() and not (project / "reports").exists()
+
+
+def test_names_of_any_script_in_a_locale_without_utf8(project):
+    """As Python sees Latin 1 or ASCII; in `LC_ALL=C` alone it takes UTF-8 by itself."""
+    raw = project / "Fotos für 日本"
+    rows = ["image,labels", "ä.png,größe", "日本.png,", "b.png,größe"]
+    raw.mkdir()
+    (raw / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    for number, name in enumerate(("ä", "日本", "b")):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(raw / f"{name}.png")
+    preset.write("own-images", project / "params.yaml")
+    text = (project / "params.yaml").read_text(encoding="utf-8")
+    values = text.replace("root: my_data", f"root: {raw}").replace(
+        "val_fraction: 0.2", "val_fraction: 0"
+    )
+    (project / "params.yaml").write_text(values, encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "isim", "prepare"]
+    done = subprocess.run(command, cwd=project, env=os.environ | locale, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    labels = (project / "data/prepared/labels.csv").read_text(encoding="utf-8").splitlines()
+    assert labels == ["id,labels,known", "b,größe,1", "ä,größe,1", "日本,,1"]
 
 
 def test_a_stage_imports_nothing_before_it_needs_it():

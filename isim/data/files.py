@@ -1,57 +1,196 @@
 """Images, label maps (palette PNG) and CAMs (npz) on disk."""
 
 import contextlib
-import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from isim.errors import UserError
 from isim.runtime.atomic import atomic_path
 
+# Suffixes of photographs that Pillow reads with a further package alone.
+HEIF = {".heic", ".heif", ".hif"}
+# EXIF orientations and what turns a stored image as viewers show it; sides change from 5 on.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _SIDEWAYS = 0x0112, 5
+# What a PNG's header may hold that tells an orientation.
+_PNG_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
 
 @contextlib.contextmanager
 def _opened(what: str, path: Path) -> Iterator[Image.Image]:
     try:
+        if path.suffix.lower() in HEIF:
+            _require_heif(what, path)
         with Image.open(path) as image:
             yield image
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"{what} {path} does not exist; restore it or run `isim prepare` again"
         ) from error
-    # All that Pillow raises on damaged files.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    # Pillow's readers of many formats meet damage with whatever their parsers stumble over.
+    except Exception as error:
         # Its own text of an unidentified file repeats the path and the buffer's address.
         unidentified = isinstance(error, UnidentifiedImageError)
-        reason = "not an image" if unidentified else str(error).splitlines()[0]
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "not an image" if unidentified else told
         raise UserError(f"{what} {path} is unreadable ({reason}); replace it") from error
 
 
-def read_image(path: Path, least: Sequence[int] | None = None) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB, also a grey one or one with a palette.
+def _require_heif(what: str, path: Path) -> None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError(
+            f"{what} {path} is HEIC, which needs a further package: run `pip install isim[heic]`, "
+            "or save it as JPEG"
+        ) from error
+    pillow_heif.register_heif_opener()
 
-    Its EXIF orientation is ignored, as the VOC masks ignore it. A JPEG at least twice as large as
-    `least`, (h, w), is decoded at 1/2, 1/4 or 1/8 of its size, not below: that takes less time.
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation that is left to apply, 1 for none."""
+    # Pillow turns a TIFF itself. It would decode a PNG to look for what may follow the pixels.
+    png = image.format == "PNG" and not _PNG_EXIF & {str(key) for key in image.info}
+    if image.format == "TIFF" or png:
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    # Damaged EXIF is no reason to refuse the pixels.
+    except Exception:
+        return 1
+    return int(found) if found in _TURNS else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell whether an image has more than 8 bits a channel, of which Pillow may drop half."""
+    modes = [str(getattr(tile, "args", "")) for tile in getattr(image, "tile", ())]
+    return image.mode[0] in "IF" or any(";16" in mode for mode in modes)
+
+
+def read_image(path: Path, least: Sequence[int] | None = None) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 RGB, also a grey one, one with a palette, or an animation.
+
+    It is turned by its EXIF orientation, as every viewer shows it; of an animation the first frame
+    is read, and transparency is dropped. A JPEG at least twice as large as `least`, (h, w), is
+    decoded at 1/2, 1/4 or 1/8 of its size, not below: that takes less time.
 
     Raises:
         UserError: The file is missing, unreadable, truncated or has more than 8 bits a channel.
     """
     with _opened("image", path) as image:
-        if image.mode[0] in "IF":
-            raise UserError(f"{path} has more than 8 bits a channel; save it as 8-bit RGB")
+        if _is_deep(image):
+            raise UserError(
+                f"{path} has more than 8 bits a channel; set prepare.sixteen_bit to the range that "
+                "is shown, such as [0, 65535], or save it as 8-bit RGB"
+            )
+        orientation = _orientation(image)
         if least is not None:
-            image.draft(None, (least[1], least[0]))
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            height, width = least if orientation < _SIDEWAYS else least[::-1]
+            image.draft(None, (width, height))
+        pixels = image if image.mode == "RGB" else image.convert("RGB")
+        return np.array(_turned(pixels, orientation))
+
+
+def is_deep(path: Path) -> bool:
+    """Tell whether an image has more than 8 bits a channel; errors as `read_image`."""
+    with _opened("image", path) as image:
+        return _is_deep(image)
+
+
+def read_deep_image(path: Path, shown: Sequence[float]) -> np.ndarray:
+    """Read an image of more than 8 bits a channel as `read_image`: (H, W, 3) uint8 RGB.
+
+    `shown`, (low, high), becomes 0..255; values outside are cut. Errors are those of `read_image`.
+    """
+    low, high = shown
+    with _opened("image", path) as image:
+        orientation = _orientation(image)
+        if image.mode[0] in "IF":
+            values = np.array(image).astype(np.float32)[..., None]
+        else:
+            # Pillow keeps 8 bits of a colour.
+            data = np.frombuffer(path.read_bytes(), np.uint8)
+            decoded = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+            if decoded is None or decoded.ndim != 3 or decoded.dtype != np.uint16:
+                raise UserError(
+                    f"{path} has a form of 16-bit colour that is not read; save it as PNG"
+                )
+            values = decoded[..., 2::-1].astype(np.float32)  # BGR, and maybe alpha
+        levels = np.clip((np.nan_to_num(values) - low) / (high - low), 0, 1) * 255
+        pixels = np.broadcast_to(np.rint(levels).astype(np.uint8), (*levels.shape[:2], 3))
+        return np.array(_turned(Image.fromarray(np.ascontiguousarray(pixels)), orientation))
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Read height and width of an image in pixels from its header alone; errors as `read_image`."""
     with _opened("image", path) as image:
-        return image.height, image.width
+        turned = _orientation(image) >= _SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def orientation(path: Path) -> int:
+    """Read the EXIF orientation that `read_image` applies, 1 for none; errors as `read_image`."""
+    with _opened("image", path) as image:
+        return _orientation(image)
+
+
+class RawMask(NamedTuple):
+    """A mask as its file has it: values (H, W) uint8, or colours (H, W, 3) uint8, or both.
+
+    `simple` tells that `read_label_map` finds the values in it.
+    """
+
+    values: np.ndarray | None
+    colors: np.ndarray | None
+    simple: bool
+
+
+def read_raw_mask(path: Path) -> RawMask:
+    """Read a mask of any usual form, turned as an image is: a PNG with a palette has both.
+
+    Black and white becomes 0 and 255, 16-bit values those of their 8 lower bits if they fit, and
+    what is transparent black. Raises UserError when it is missing, unreadable, or has other values.
+    """
+    with _opened("mask", path) as image:
+        orientation = _orientation(image)
+        plain = image.format == "PNG" and image.mode in ("P", "L") and orientation == 1
+        turned = _turned(image, orientation)
+        if image.mode == "P":
+            # Whoever writes a GIF numbers its colours anew.
+            values = None if image.format == "GIF" else np.array(turned)
+            return RawMask(values, np.array(turned.convert("RGB")), plain)
+        if image.mode in ("L", "1"):
+            return RawMask(np.array(turned.convert("L")), None, plain)
+        if image.mode[0] in "IF":
+            deep = np.array(turned)
+            highest = np.iinfo(deep.dtype).max if deep.dtype.kind in "iu" else -1
+            deep = np.where(deep == highest, 255, deep)
+            if deep.min() < 0 or deep.max() > 255 or (deep != np.rint(deep)).any():
+                raise UserError(f"mask {path} has values above 255; save class ids as 8-bit PNG")
+            return RawMask(deep.astype(np.uint8), None, False)
+        colors = np.array(turned.convert("RGBA"))
+        colors[colors[..., 3] == 0] = 0
+        return RawMask(None, colors[..., :3], False)
 
 
 def read_label_map(path: Path) -> np.ndarray:

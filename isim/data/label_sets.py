@@ -31,8 +31,8 @@ def sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[st
         if not folder.is_dir():
             raise UserError(f"label set '{name}': {folder} is missing; {remedy}")
         suffix = ".npz" if name == "seeds" else ".png"
-        paths = {path.stem: path for path in folder.glob(f"[!.]*{suffix}")}
-        found = {item.id: paths[item.id] for item in items if item.id in paths}
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}")}
+        found = {i.id: folder / f"{i.id}{suffix}" for i in items if f"{i.id}{suffix}" in there}
     if not found:
         raise UserError(
             f"label set '{name}': none of the {len(items)} images of split '{split}' has a label "

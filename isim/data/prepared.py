@@ -2,19 +2,24 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from isim.errors import UserError
-from isim.runtime.paths import resolve_path
+from isim.runtime import identity
+from isim.runtime.atomic import write_json
+from isim.runtime.paths import home, resolve_path
 
 # Folder below the project, the layout of its files, and the prefix of paths that lie inside it.
 FOLDER = "data/prepared"
-FORMAT = 1
+FORMAT = 2
 INSIDE = "prepared:"
+# Below `home`: sizes and times of the files that were prepared; it may be deleted at any time.
+_RECORD = ".isim/prepared_files.json"
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,8 @@ class Item:
         id: Name, unique in the data set; outputs are named after it.
         image: Path of the RGB image.
         mask: Path of the ground truth, None where there is none.
-        image_label: (K,) float32 multi-hot over the foreground classes; None where it is
-            unknown, as in VOC's test set.
+        image_label: (K,) float32 multi-hot over the foreground classes, zeros where the image
+            shows none of them; None where it is unknown, as in VOC's test set.
     """
 
     id: str
@@ -43,7 +48,7 @@ class Item:
 
     @property
     def class_ids(self) -> np.ndarray:
-        """(K',) int64 labels 1..K of the image, ascending; UserError where they are unknown."""
+        """(K',) int64 labels 1..K of the image, ascending, maybe none; UserError if unknown."""
         return np.flatnonzero(self.known_label) + 1
 
 
@@ -65,7 +70,8 @@ class Prepared:
         if items is None:
             raise UserError(
                 f"no split '{name}' in the prepared data; use one of {', '.join(self.splits)} "
-                "(train_cam.eval_split may also be none)"
+                "(train_cam.eval_split may also be none; with prepare.val_fraction 0 there is no "
+                "val)"
             )
         if not items:
             raise UserError(f"split '{name}' is empty; add images to it and run `isim prepare`")
@@ -93,7 +99,7 @@ def load(root: Path) -> Prepared:
     """
     folder = root / FOLDER
     try:
-        about = json.loads((folder / "dataset.json").read_text())
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         if about.get("format") != FORMAT:
             raise UserError(
                 f"{folder} has format {about.get('format')}, this version reads {FORMAT}; "
@@ -102,7 +108,7 @@ def load(root: Path) -> Prepared:
         data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
         classes = tuple(about["classes"])
         rows = _rows(folder / "labels.csv")
-        labels = {row["id"]: _multi_hot(row["labels"], classes) for row in rows}
+        labels = {row["id"]: _multi_hot(row, classes) for row in rows}
 
         def item(row: dict[str, str]) -> Item:
             image, mask = (
@@ -121,15 +127,74 @@ def load(root: Path) -> Prepared:
     return Prepared(classes, splits)
 
 
+def remember(base: Path, files: Mapping[Path, str]) -> None:
+    """Keep how files were found whose md5 is known, so that only changed ones are read again.
+
+    `base` is `runtime.paths.home`. Raises UserError when the record cannot be written.
+    """
+    record = {
+        str(path): [(status := path.stat()).st_size, status.st_mtime_ns, md5]
+        for path, md5 in files.items()
+    }
+    write_json(base / _RECORD, record)
+
+
+def require_unchanged(root: Path) -> None:
+    """Check that the images and masks outside the project's data are those that were prepared.
+
+    Size and time of change are looked at first; files are read only where they differ from what
+    is remembered.
+
+    Raises:
+        UserError: One has another content or is missing; or as `load`.
+    """
+    folder, base = root / FOLDER, home(root)
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        rows = [row for row in _rows(folder / "manifest.csv") if not row["path"].startswith(INSIDE)]
+        data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
+        known = {data / row["path"]: (int(row["bytes"]), row["md5"]) for row in rows}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
+    record = _record(base / _RECORD)
+    wrong: list[str] = []
+    seen: dict[Path, str] = {}
+    for path, (size, md5) in known.items():
+        try:
+            status = path.stat()
+            now = [status.st_size, status.st_mtime_ns, md5]
+            if status.st_size != size or (
+                record.get(str(path)) != now and identity.md5(path) != md5
+            ):
+                wrong.append(f"{path} has changed")
+            elif record.get(str(path)) != now:
+                seen[path] = md5
+        except OSError:
+            wrong.append(f"{path} is missing")
+    if wrong:
+        more = f", and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
+        raise UserError(f"{wrong[0]} since `isim prepare`{more}; run `isim prepare` again")
+    if seen:
+        remember(base, {path: md5 for path, (_, md5) in known.items()})
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
-def _multi_hot(text: str, classes: tuple[str, ...]) -> np.ndarray | None:
-    if not text:
+def _multi_hot(row: dict[str, str], classes: tuple[str, ...]) -> np.ndarray | None:
+    if row["known"] == "0":
         return None
     label = np.zeros(len(classes), np.float32)
-    label[[classes.index(name) for name in text.split(";")]] = 1
+    label[[classes.index(name) for name in row["labels"].split(";") if name]] = 1
     label.flags.writeable = False
     return label

@@ -72,7 +72,8 @@ def workspace(root: Path) -> Run | None:
     """
     path, parameters = root / "dvc.lock", root / "params.yaml"
     try:
-        lock = read_lock(path.read_text(), parameters.read_text() if parameters.exists() else None)
+        values = parameters.read_text(encoding="utf-8") if parameters.exists() else None
+        lock = read_lock(path.read_text(encoding="utf-8"), values)
         when = path.stat().st_mtime
     except OSError:
         return None
@@ -238,4 +239,6 @@ def _out_at(root: Path, revision: str, path: str) -> str | None:
 
 
 def _output(root: Path, *command: str) -> str:
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=root, capture_output=True, encoding="utf-8", check=True
+    ).stdout

@@ -106,6 +106,6 @@ def _known(journal: Journal, outs: Mapping[Path, str]) -> dict[str, Line]:
     if processes.is_main():
         lines = journal.read()
         for folder, suffix in outs.items():
-            there = {path.name for path in folder.iterdir()}
+            there = {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}")}
             lines = {id_: line for id_, line in lines.items() if f"{id_}{suffix}" in there}
     return processes.broadcast(lines)

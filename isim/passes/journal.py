@@ -51,7 +51,7 @@ class Journal:
         """Read the lines of all processes' files, by image id."""
         lines: dict[str, Line] = {}
         for path in [self._base, *sorted(self._base.parent.glob(f"{self._base.name}.*"))]:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             # A kill in the middle of a write leaves a last line without its end: cut it off.
             whole = text[: text.rfind("\n") + 1]
             if whole != text:

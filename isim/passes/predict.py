@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isim.data import files
-from isim.data.formats import labelled, overlay
-from isim.data.formats.tags import tags_of
+from isim.data.formats import labelled, labels, overlay
+from isim.data.formats.listing import Listing, Names
 from isim.errors import UserError
 from isim.experiments import preset
 from isim.labels.clean.clean import clean
@@ -138,19 +138,25 @@ def _known(
 
     Raises UserError for a tag that is no class.
     """
-    tags = tags_of(path)
-    unknown = sorted({tag for row in tags.values() for tag in row} - set(classes))
+    given = labels.of_file(path).tags
+    for problem in given.problems:
+        if problem.error:
+            raise UserError(problem.what)
+    tags: dict[str, set[str]] = {}
+    names = Names(Listing(images, {}))
+    for row in given.rows:
+        for id_ in names.find(row.image) if row.labels is not None else ():
+            tags.setdefault(id_, set()).update(row.labels or ())
+    unknown = sorted(set().union(*tags.values()) - set(classes))
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} tags are no classes of the model, such as '{unknown[0]}'; it "
             f"knows {', '.join(classes)[:120]}"
         )
-    found = {}
-    for id_ in images:
-        # A row may name the file alone, or where it lies.
-        row = tags.get(id_, tags.get(id_.rpartition("/")[2]))
-        if row is not None:
-            found[id_] = np.array(sorted({classes.index(tag) + 1 for tag in row}), np.int64)
+    found = {
+        id_: np.array(sorted(classes.index(tag) + 1 for tag in own), np.int64)
+        for id_, own in tags.items()
+    }
     without = len(images) - len(found)
     if without:
         print(f"isim: {without} of {len(images)} images have no row in {path}", file=sys.stderr)

@@ -59,7 +59,7 @@ def export(
     report = {
         "images": len(items),
         "images_per_second": done.speed["images_per_second"],
-        "megabytes": sum(path.stat().st_size for path in folder.glob("*.npz")) / 1e6,
+        "megabytes": sum(path.stat().st_size for path in folder.rglob("*.npz")) / 1e6,
     }
     if any(item.mask for item in items):
         found = (counts.total(done.lines, k, (num_labels, num_labels)) for k in ("full", "stored"))

@@ -51,7 +51,7 @@ def table(root: Path) -> str:
 
 def _rounds(path: Path) -> str:
     rows = [("round", "epoch", "CAM", "pseudo-label", "seconds")]
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             mious = _percent(row["cam_miou"]), _percent(row["pseudo_label_miou"])
             rows.append((row["round"], row["epoch"], *mious, f"{float(row['seconds']):.1f}"))
@@ -60,7 +60,7 @@ def _rounds(path: Path) -> str:
 
 def _final(path: Path) -> str:
     rows = [("split", "CAM", "CAM, best threshold", "CAM + CRF")]
-    for split, figures in json.loads(path.read_text()).items():
+    for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
         if not split.startswith("round_"):
             mious = (figures[name] for name in ("cam_miou", "cam_miou_oracle", "cam_crf_miou"))
             rows.append((split, *map(_percent, mious)))
@@ -70,7 +70,7 @@ def _final(path: Path) -> str:
 
 def _walks(path: Path) -> str:
     rows = [("split", "walk", "walk + CRF")]
-    for split, figures in json.loads(path.read_text()).items():
+    for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
         if isinstance(figures, dict):
             # Without the dCRF there is no second figure.
             mious = figures["walk_miou"], figures.get("walk_crf_miou")
@@ -81,7 +81,7 @@ def _walks(path: Path) -> str:
 def _segmenters(paths: Sequence[Path]) -> str:
     rows = [("trained on", "split", "mIoU", "after CRF")]
     for path in paths:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         for split, figures in report["splits"].items():
             mious = figures["miou"], figures.get("crf_miou")
             rows.append((report["label_set"], split, *map(_percent, mious)))

@@ -171,7 +171,9 @@ def _shared_tags(root: Path, params_digest: str) -> dict[str, str]:
     def git(*arguments: str) -> str:
         command, nowhere = ["git", *arguments], subprocess.DEVNULL
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.check_output(command, cwd=root, stderr=nowhere, text=True).strip()
+            return subprocess.check_output(
+                command, cwd=root, stderr=nowhere, encoding="utf-8"
+            ).strip()
         return ""
 
     commit = git("rev-parse", "HEAD") or "nogit"

@@ -105,10 +105,15 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write at least one row as CSV, atomically; all have the keys of the first, in its order."""
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] | None = None
+) -> None:
+    """Write rows as CSV, atomically; all have the keys of the first, in its order.
+
+    Without a row there must be a `header`.
+    """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(buffer, fieldnames=list(header or rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, buffer.getvalue())

@@ -55,7 +55,9 @@ class Here:
         """
         record = self.resume / f"{name}.json"
         written = processes.is_main() and record.exists()
-        found = processes.broadcast(json.loads(record.read_text()) if written else None)
+        found = processes.broadcast(
+            json.loads(record.read_text(encoding="utf-8")) if written else None
+        )
         if found is None:
             found = processes.broadcast(make())
             if processes.is_main():

@@ -96,7 +96,10 @@ def _digest(source: Path, compiler: list[str]) -> str:
 def _compile(compiler: list[str], source: Path, built: Path) -> None:
     with atomic_path(built) as temporary:
         done = subprocess.run(
-            [*compiler, *FLAGS, str(source), "-o", str(temporary)], capture_output=True, text=True
+            [*compiler, *FLAGS, str(source), "-o", str(temporary)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode:
             first = done.stderr.partition("\n")[0]

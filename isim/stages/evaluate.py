@@ -31,7 +31,7 @@ def run(params: Evaluate, root: Path) -> None:
     """
     data = prepared.load(root)
     cams, labels = root / "data/cams", root / "data/pseudo_labels"
-    splits = sorted(path.name for path in cams.glob("*") if path.is_dir())
+    splits = sorted(path.name for path in cams.glob("[!.]*") if path.is_dir())
     if not splits:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
     scored = {split: [i for i in data.split(split) if i.mask is not None] for split in splits}
@@ -60,7 +60,8 @@ def run(params: Evaluate, root: Path) -> None:
         rounds = (int(path.name.removeprefix("round_")) for path in labels.glob("round_*"))
         for number in sorted(rounds):
             name = f"round_{number:02d}"
-            ids = frozenset(path.stem for path in (labels / name).glob("*.png")) & known.keys()
+            paths = (path.relative_to(labels / name) for path in (labels / name).rglob("*.png"))
+            ids = frozenset(path.as_posix()[: -len(".png")] for path in paths) & known.keys()
             items, parts = [known[i] for i in sorted(ids)], {"": ids, **counts.inside(ids, members)}
             confusions = scores.labels(
                 here, items, labels / name, num_labels=len(names), parts=parts

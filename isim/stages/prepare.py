@@ -1,7 +1,7 @@
 """Stage 1: check the data source; write data/prepared."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 
 from isim import stage
-from isim.data import prepared
-from isim.data.sources import readers
-from isim.data.sources.source import Checked, Source, verify
+from isim.data import prepared, problems
+from isim.data.problems import Problem
+from isim.data.sources import readers, review
+from isim.data.sources.source import Checked, Source, Treatment, examine
+from isim.errors import UserError
 from isim.params import Prepare
 from isim.runtime.atomic import atomic_directory, write_csv, write_json
-from isim.runtime.paths import resolve_path
+from isim.runtime.paths import home, resolve_path
 from isim.stage import Stage
 
 logger = logging.getLogger(__name__)
 
 
-def run(params: Prepare, root: Path) -> None:
-    """Run the stage: the data source to data/prepared and reports (spec 2).
+def run(
+    params: Prepare, root: Path, *, keep: Callable[[Source], Source] = lambda source: source
+) -> None:
+    """Run the stage: the data source, or what `keep` keeps of it, to data/prepared and reports.
 
     Raises:
         UserError: The source is missing or inconsistent (all problems are listed), a download
@@ -29,15 +33,14 @@ def run(params: Prepare, root: Path) -> None:
     """
     with stage.opened("prepare", params, root, reads={}) as here:
         # All of it is work for one process.
-        here.report(partial(_prepare, params))
+        here.report(partial(_prepare, params, keep))
 
 
-def _prepare(params: Prepare, here: Stage) -> None:
+def _prepare(params: Prepare, keep: Callable[[Source], Source], here: Stage) -> None:
     generated = params.source in readers.GENERATED
     with atomic_directory(here.root / prepared.FOLDER) as out:
         data = out if generated else resolve_path(params.root, here.root)
-        source = readers.read(params, data, out)
-        checked = verify(source)
+        source, checked, found = _read(params, keep, data, out, here=here)
         about = {
             "format": prepared.FORMAT,
             "source": params.source,
@@ -47,12 +50,43 @@ def _prepare(params: Prepare, here: Stage) -> None:
         }
         write_json(out / "dataset.json", about)
         _write_lists(source, checked, data, out)
+        files = {path: md5 for result in checked.values() for path, _, md5 in result.files}
+    prepared.remember(home(here.root), {p: m for p, m in files.items() if p.exists()})
     figures, counts = _figures(source, checked), _counts(source, checked)
     write_json(here.reports / "metrics.json", figures)
     write_csv(here.reports / "counts.csv", counts)
     here.tracked.metrics(figures)
     here.tracked.table("counts", counts)
-    _tell(source, figures)
+    _tell(source, figures, found)
+
+
+def _read(
+    params: Prepare, keep: Callable[[Source], Source], data: Path, out: Path, *, here: Stage
+) -> tuple[Source, dict[str, Checked], Sequence[Problem]]:
+    """Read and check the source; all problems are in problems.csv when one of them ends the run."""
+    shown = None if params.sixteen_bit == "refuse" else params.sixteen_bit
+    treatment = Treatment(out, params.unreadable == "skip", shown)
+    try:
+        examined = examine(keep(readers.read(params, data, out)), treatment)
+        source, checked = examined.source, examined.results
+        found = [*examined.problems, *review.review(source, checked)]
+    except UserError as error:
+        _write_problems([Problem("unusable data", str(error))], here)
+        raise
+    _write_problems(found, here)
+    # Also when errors end the run: all is told at once.
+    for line in problems.warnings(found):
+        logger.warning(line)
+    problems.refuse(found)
+    if not source.splits.get(next(iter(source.splits))):
+        raise UserError(f"no image of the first split is left; look at {problems.FILE}")
+    return source, checked, found
+
+
+def _write_problems(found: Sequence[Problem], here: Stage) -> None:
+    # A file of the header alone tells that there is no problem.
+    header = ["kind", "severity", "file", "what"]
+    write_csv(here.reports / "problems.csv", problems.rows(found), header)
 
 
 def _write_lists(source: Source, checked: Mapping[str, Checked], data: Path, out: Path) -> None:
@@ -64,13 +98,17 @@ def _write_lists(source: Source, checked: Mapping[str, Checked], data: Path, out
         return path.relative_to(data).as_posix()
 
     for split, ids in source.splits.items():
-        entries = [(name, source.entries[name]) for name in ids]
-        rows = [{"id": n, "image": stored(e.image), "mask": stored(e.mask)} for n, e in entries]
-        write_csv(out / f"{split}.csv", rows)
+        results = [(name, checked[name]) for name in ids]
+        rows = [{"id": n, "image": stored(r.image), "mask": stored(r.mask)} for n, r in results]
+        write_csv(out / f"{split}.csv", rows, ["id", "image", "mask"])
     names = sorted(source.entries)
-    # Every labelled image has a class, so that an empty cell can tell of unknown labels.
-    labels = [{"id": n, "labels": ";".join(source.entries[n].labels or ())} for n in names]
-    write_csv(out / "labels.csv", labels)
+    labels = [(name, source.entries[name].labels) for name in names]
+    # An empty cell of a known image says that it shows none of the classes.
+    known = [
+        {"id": name, "labels": ";".join(found or ()), "known": int(found is not None)}
+        for name, found in labels
+    ]
+    write_csv(out / "labels.csv", known)
     files = [file for name in names for file in checked[name].files]
     manifest = [{"path": stored(path), "bytes": size, "md5": md5} for path, size, md5 in files]
     write_csv(out / "manifest.csv", manifest)
@@ -84,11 +122,12 @@ def _figures(source: Source, checked: Mapping[str, Checked]) -> dict[str, float]
         figures |= {
             f"{split}.images": len(ids),
             f"{split}.masks": sum(result.pixels is not None for result in results),
-            f"{split}.labels_without_pixels": sum(r.labels_without_pixels for r in results),
-            f"{split}.pixels_without_label": sum(r.pixels_without_label for r in results),
+            f"{split}.labels_without_pixels": sum(len(r.bare) for r in results),
+            f"{split}.pixels_without_label": sum(len(r.more) for r in results),
         }
         # A test set has none: JSON and MLflow would have nothing to tell.
         if labels:
+            figures[f"{split}.negatives"] = sum(not known for known in labels)
             figures[f"{split}.labels_per_image"] = round(sum(map(len, labels)) / len(labels), 4)
     return figures | source.figures
 
@@ -109,19 +148,15 @@ def _counts(source: Source, checked: Mapping[str, Checked]) -> list[dict[str, An
     return rows
 
 
-def _tell(source: Source, figures: Mapping[str, float]) -> None:
+def _tell(source: Source, figures: Mapping[str, float], found: Sequence[Problem]) -> None:
     for split in source.splits:
         labels = figures.get(f"{split}.labels_per_image")
-        print(
-            f"{split}: {figures[f'{split}.images']} images, {figures[f'{split}.masks']} masks, "
-            + ("labels unknown" if labels is None else f"{labels:.2f} labels an image")
-        )
-        bare = figures[f"{split}.labels_without_pixels"]
-        more = figures[f"{split}.pixels_without_label"]
-        if bare or more:
-            logger.warning(
-                f"{split}: {bare} image labels have no pixel in the mask, {more} classes in masks "
-                "have no image label"
-            )
+        told = "labels unknown" if labels is None else f"{labels:.2f} labels an image"
+        if negatives := figures.get(f"{split}.negatives"):
+            told += f", {negatives} with none of the classes"
+        images, masks = figures[f"{split}.images"], figures[f"{split}.masks"]
+        print(f"{split}: {images} images, {masks} masks, {told}")
     for note in source.notes:
         print(note)
+    if count := sum(not problem.error for problem in found):
+        print(f"{count} warnings: {problems.FILE}")

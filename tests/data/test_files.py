@@ -1,13 +1,16 @@
 """Images, label maps and CAMs survive a round trip; damaged files are named."""
 
+import sys
 from functools import partial
 
+import cv2
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageOps
 
 from isim.data import files
 from isim.errors import UserError
@@ -45,15 +48,99 @@ def test_images_and_label_maps_may_be_grey_but_not_deep_or_in_colours(tmp_path):
         files.read_image(tmp_path / "deep.png")
 
 
-def test_image_is_rgb_and_ignores_exif_orientation(tmp_path):
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    pixels[..., 0] = 200
-    image = Image.fromarray(pixels)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "heic"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_an_image_is_turned_by_its_exif_orientation_as_viewers_do(tmp_path, suffix, orientation):
+    path = tmp_path / f"a.{suffix}"
+    corners = np.zeros((2, 3, 3), np.uint8)
+    corners[0, 0], corners[0, 2], corners[1, 0] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    image = Image.fromarray(corners.repeat(32, 0).repeat(32, 1))
     exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(files.read_image(tmp_path / "a.png"), pixels)
-    assert files.image_size(tmp_path / "a.png") == (4, 6)
+    exif[0x0112] = orientation
+    if suffix == "heic":
+        pillow_heif.register_heif_opener()
+    image.save(path, exif=exif, quality=95)
+    with Image.open(path) as again:
+        shown = np.array(ImageOps.exif_transpose(again).convert("RGB"))
+    assert np.array_equal(files.read_image(path), shown)
+    # HEIC has a way of its own to tell it, which its package applies.
+    sideways = 4 < orientation < 9 and suffix != "heic"
+    assert files.image_size(path) == shown.shape[:2] == ((96, 64) if sideways else (64, 96))
+    assert min(files.read_image(path, (20, 20)).shape[:2]) >= 20
+
+
+def test_damaged_exif_is_no_reason_to_refuse_an_image(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no header at all")
+    assert files.read_image(tmp_path / "a.jpg").shape == (4, 6, 3)
+    assert files.image_size(tmp_path / "a.jpg") == (4, 6)
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
+    frames = [Image.new("RGB", (6, 4), (shade, 0, 0)) for shade in (200, 10)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (files.read_image(tmp_path / "a.gif") == [200, 0, 0]).all()
+
+
+def test_heic_is_told_apart_from_a_damaged_file_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.HEIC").write_bytes(b"")
+    for read in (files.read_image, files.image_size):
+        with pytest.raises(UserError, match=r"run `pip install isim\[heic\]`"):
+            read(tmp_path / "a.HEIC")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_shown_by_a_range_and_refused_without(tmp_path, suffix, channels):
+    path = tmp_path / f"a.{suffix}"
+    values = np.array([[100, 300, 500], [600, 1100, 65535]], np.uint16)
+    cv2.imwrite(str(path), np.stack([values, values // 2, values // 4], -1)[..., :channels])
+    with pytest.raises(UserError, match=r"more than 8 bits a channel; set prepare.sixteen_bit"):
+        files.read_image(path)
+    assert files.is_deep(path) and files.image_size(path) == (2, 3)
+    shown = files.read_deep_image(path, (100, 1100))
+    assert shown.shape == (2, 3, 3) and shown.dtype == np.uint8
+    # The first channel of OpenCV's is blue.
+    assert shown[..., 2].tolist() == [[0, 51, 102], [128, 255, 255]]
+    assert shown[0, 1].tolist() == ([51] * 3 if channels == 1 else [0, 13, 51])
+
+
+@pytest.mark.parametrize(
+    ("mode", "format_", "simple"),
+    [
+        ("P", "PNG", True),
+        ("L", "PNG", True),
+        ("1", "PNG", False),
+        ("P", "GIF", False),
+        ("L", "BMP", False),
+        ("RGB", "TIFF", False),
+        ("RGBA", "PNG", False),
+        ("I;16", "PNG", False),
+    ],
+)
+def test_masks_of_any_form_have_values_or_colours(tmp_path, mode, format_, simple):
+    path, values = tmp_path / "a", np.array([[0, 1], [2, 255]], np.uint8)
+    if mode == "P":
+        image = Image.fromarray(values)
+        image.putpalette(files.voc_palette().tobytes())
+    elif mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16))
+    elif mode == "1":
+        image = Image.fromarray(values > 1)
+    else:
+        image = Image.fromarray(values).convert(mode)
+    image.save(path, format=format_)
+    raw = files.read_raw_mask(path)
+    assert raw.simple == simple
+    if mode == "1":
+        assert raw.values.tolist() == [[0, 0], [255, 255]]
+    elif raw.values is not None:
+        assert np.array_equal(raw.values, values)
+        assert raw.values.dtype == np.uint8
+    assert (raw.values is None) == (mode in ("RGB", "RGBA") or format_ == "GIF")
+    if mode in ("P", "RGB", "RGBA"):
+        assert raw.colors.shape == (2, 2, 3)
+        assert raw.colors[0, 1].tolist() == ([128, 0, 0] if mode == "P" else [1, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def test_ground_truth_is_the_masks_that_there_are(tmp_path):
         label_sets.sources("ground_truth", "val", items[-1:], tmp_path)
 
 
+def test_ids_may_have_folders(tmp_path):
+    items = [Item(name, Path("i"), None, None) for name in ("s/t/a", "s/b", "a")]
+    for folder in ("s/t", "s/.ipynb_checkpoints", "x"):
+        put(tmp_path / "data/random_walk/train" / folder, "a.png", "b.png")
+    found = label_sets.sources("random_walk", "train", items, tmp_path)
+    assert found == {"s/t/a": tmp_path / "data/random_walk/train/s/t/a.png"}
+
+
 def test_the_last_round_is_the_one_of_the_highest_number(tmp_path):
     for name in ("round_02", "round_99", "round_100", "round_x", "rounds"):
         put(tmp_path / "data/pseudo_labels" / name, "a.png")

@@ -56,6 +56,23 @@ def test_several_processes_share_the_images_and_another_number_goes_on(run, tmp_
     assert sorted(noted(broken)) == IDS
 
 
+def test_ids_may_have_folders(here):
+    folder = here.resume / "maps"
+    items = [replace(item, id=f"{item.id[-1]}/ä, {item.id}") for item in ITEMS[:4]]
+
+    def finish(item):
+        (folder / f"{item.id}.png").parent.mkdir(exist_ok=True)
+        (folder / f"{item.id}.png").touch()
+        return {}
+
+    def computed():
+        return each.image(here, items, finish, name="nested", outs={folder: ".png"}).computed
+
+    assert (computed(), computed()) == (4, 0)
+    (folder / f"{items[2].id}.png").unlink()
+    assert computed() == 1
+
+
 def test_what_is_gone_or_half_there_is_made_again(here):
     outs = {here.resume / "maps": ".png", here.resume / "cams": ".npz"}
 

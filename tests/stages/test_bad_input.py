@@ -58,7 +58,7 @@ def add_unlabelled_split(root):
     image = read_rows(folder / "val.csv")[0]["image"]
     (folder / "test.csv").write_text(f"id,image,mask\nnew,{image},\n")
     with (folder / "labels.csv").open("a") as file:
-        file.write("new,\n")
+        file.write("new,,0\n")
 
 
 # Those of splits whose image labels are needed; train_segmenter tests others, too.

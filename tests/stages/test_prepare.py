@@ -1,6 +1,7 @@
 """Stage prepare: what it writes loads again, and a failure leaves nothing half-written."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support.projects import read_report, read_rows
@@ -95,9 +96,14 @@ def test_notes_figures_and_disagreements_are_told(project, make_devkit, capsys, 
     assert (figures["trainaug.images"], figures["trainaug.official"]) == (3, 0)
     assert figures["train.labels_without_pixels"] == figures["train.pixels_without_label"] == 1
     assert figures["val.labels_without_pixels"] == 0
-    told = "1 image labels have no pixel in the mask, 1 classes in masks have no image label"
-    assert [r.getMessage() for r in caplog.records] == [f"train: {told}", f"trainaug: {told}"]
+    told = [record.getMessage() for record in caplog.records]
+    assert "a: without a pixel in the mask: cow; in the mask without a tag: cat" in told
+    assert told[0].startswith("classes without a training image: 17, such as: class 'aeroplane'")
     out = capsys.readouterr().out
+    rows = read_rows(project / "reports/prepare/problems.csv")
+    assert len(rows) > len(told) and f"\n{len(rows)} warnings: reports/prepare/problems.csv" in out
+    assert {row["severity"] for row in rows} == {"warning"}
+    assert {row["kind"] for row in rows} >= {"tags that a mask contradicts"}
     assert "\ntest: 1 of its 1 images are not in" in out
     assert "\ntrainaug is a part or variant of, not the official list of 10,582 images\n" in out
 
@@ -116,5 +122,9 @@ def test_failure_leaves_everything_as_it_was(project, devkit, monkeypatch):
     (devkit / "JPEGImages/c.jpg").write_bytes((devkit / "JPEGImages/b.jpg").read_bytes()[:500])
     with pytest.raises(UserError, match=r"^the data has 2 problems"):
         prepare.run(section("voc"), project)
-    assert outs(project) == before
+    problems = Path("prepare/problems.csv")
+    after = outs(project)
+    text = after[1].pop(problems).decode()
+    assert before[1].pop(problems) and after == before
+    assert "a.jpg is missing" in text and "c.jpg is unreadable" in text
     assert [path.name for path in (project / "data").iterdir()] == ["prepared"]

@@ -1,6 +1,7 @@
 """Images with label maps that are to be written in another format."""
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -14,14 +15,15 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from isim.data import files, label_sets, prepared
+from isim.data.formats import listing
 from isim.errors import UserError
 from isim.params import label_set_path
 
 A = TypeVar("A")
 # Seconds between two lines about the progress.
 EVERY = 10.0
-# Folders that file managers and servers leave.
-_ASIDE = {"@eaDir", ".ipynb_checkpoints", "__MACOSX"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,7 @@ def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
             raise UserError("label set seeds holds CAMs, not label maps; choose another one")
         names = ("background", *data.classes)
     elif folder.is_dir():
-        stored = {_id(path, folder): path for path in sorted(folder.rglob("*.png"))}
-        stored = {id_: path for id_, path in stored.items() if not _is_aside(path, folder)}
+        stored = dict(listing.images(folder, read={".png"}).images)
         names = _names(folder, root)
     else:
         raise UserError(
@@ -159,12 +160,17 @@ def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
     return LabelledSet(names, tuple(found[id_] for id_ in sorted(found)))
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Find images of a folder and its subfolders by their suffixes, in order; no hidden ones."""
-    known = Image.registered_extensions()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in known and path.is_file() and not _is_aside(path, folder):
-            yield path
+def images_below(folder: Path) -> list[Path]:
+    """List the images of a folder and its subfolders; warns of files in formats that are not read.
+
+    Raises UserError for two files of one id, and a name that is not UTF-8.
+    """
+    found = listing.images(folder)
+    for problem in found.problems:
+        raise UserError(problem.what)
+    for problem in listing.passed_over(found):
+        logger.warning(problem.what)
+    return list(found.images.values())
 
 
 def _below(folder: Path) -> dict[str, Path]:
@@ -187,11 +193,6 @@ def _id(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _is_aside(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    return any(part.startswith(".") or part in _ASIDE for part in parts)
-
-
 def _splits(root: Path) -> Mapping[str, dict[str, Path]]:
     """Images of the project by split and id; one that is in several splits is in the first."""
     found: dict[str, dict[str, Path]] = {}
@@ -207,6 +208,6 @@ def _names(folder: Path, root: Path) -> tuple[str, ...]:
     if not path.exists():
         return ("background", *prepared.load(root).classes)
     try:
-        return tuple(entry["name"] for entry in json.loads(path.read_text()))
+        return tuple(entry["name"] for entry in json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no list of classes; make the label maps again") from error

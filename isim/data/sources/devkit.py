@@ -1,9 +1,10 @@
 """Folders laid out as VOC's devkits, whole or any part of one (spec 2)."""
 
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+from isim.data.formats import annotation
+from isim.data.problems import Problem
 from isim.data.sources.source import Entry, Source, check_labels
 from isim.errors import UserError
 
@@ -24,7 +25,7 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
     lists, images = devkit / "ImageSets" / "Segmentation", devkit / "JPEGImages"
     splits: dict[str, tuple[str, ...]] = {}
     entries: dict[str, Entry] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     notes: list[str] = []
     for split in SPLITS:
         path = lists / f"{split}.txt"
@@ -44,11 +45,15 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
         for name in there:
             # Outputs are named after the id.
             if Path(name).name != name or name.startswith("."):
-                problems.append(f"{path}: '{name}' is no plain image id")
+                what = f"{path}: '{name}' is no plain image id"
+                problems.append(Problem("list names no image", what, str(path)))
             else:
                 entries.setdefault(name, read_entry(devkit, name, classes, split != "test"))
-        repeated = [name for name, count in listed.items() if count > 1]
-        problems += [f"{path}: {name} is listed more than once" for name in repeated]
+        problems += [
+            Problem("listed twice", f"{path}: {name} is listed more than once", str(path))
+            for name, count in listed.items()
+            if count > 1
+        ]
     if not splits:
         raise UserError(
             f"{lists} holds none of {', '.join(SPLITS)} (.txt) with images; add the lists of ids"
@@ -65,17 +70,15 @@ def read_entry(devkit: Path, name: str, classes: tuple[str, ...], labelled: bool
     return Entry(image, mask if mask.exists() else None, labels, problems)
 
 
-def _labels(path: Path, classes: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Read the sorted names of objects, difficult included, not of parts; and what is wrong."""
+def _labels(
+    path: Path, classes: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, tuple[Problem, ...]]:
+    """Read the sorted names of objects, and what is wrong."""
     if not path.exists():
-        return None, (f"{path} is missing: an image without a label",)
+        what = f"{path} is missing: an image without a label"
+        return None, (Problem("image without a label", what, str(path)),)
     try:
-        text = path.read_bytes()
-        # VOC needs no DTD; entities are how XML files exhaust memory.
-        if b"<!DOCTYPE" in text:
-            return None, (f"{path} declares a DOCTYPE; remove it",)
-        objects = ElementTree.fromstring(text).iter("object")
-    except (OSError, ElementTree.ParseError) as error:
-        return None, (f"{path} is not a readable annotation ({error}); replace it",)
-    labels = tuple(sorted({(node.findtext("name") or "").strip() for node in objects}))
+        labels, _ = annotation.names(path)
+    except UserError as error:
+        return None, (Problem("unreadable annotation", str(error), str(path)),)
     return labels, check_labels(labels, classes, str(path))

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from isim.data.sources import folder, shapes, voc
+from isim.data.sources import coco, folder, shapes, voc
 from isim.data.sources.source import Source
 from isim.errors import UserError
 from isim.params import Prepare
 
 READERS: dict[str, Callable[[Prepare, Path, Path], Source]] = {
+    "coco": coco.read,
     "folder": folder.read,
     "shapes": shapes.read,
     "voc": voc.read,

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from isim.data.files import write_label_map
+from isim.data.problems import Problem
 from isim.data.sources.devkit import read_entry
 from isim.data.sources.download import Archive
 from isim.data.sources.source import Source, check_labels
@@ -47,7 +48,7 @@ def add_trainaug(source: Source, devkit: Path, dataset: Path, masks: Path) -> So
     converted = in_threads(convert, paths, "SBD masks")
     for name, path, shown in zip(extra, paths, converted, strict=True):
         if isinstance(shown, str):
-            problems.append(shown)
+            problems.append(Problem("unreadable mask", shown, str(path)))
             continue
         annotated = (devkit / "Annotations" / f"{name}.xml").exists()
         entry = read_entry(devkit, name, source.classes, labelled=annotated)

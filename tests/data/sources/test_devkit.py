@@ -39,7 +39,7 @@ def test_labels_of_the_test_set_are_unknown_whatever_comes_with_it(devkit):
     # A mask is checked all the same.
     checked = verify(source)["t"]
     assert checked.pixels[[8, 15]].tolist() == [32, 32]
-    assert checked.labels_without_pixels == checked.pixels_without_label == 0
+    assert checked.bare == checked.more == ()
 
 
 def test_images_of_the_test_set_that_are_not_there_are_left_out(devkit):
@@ -89,7 +89,7 @@ def test_bad_annotation_is_a_problem_of_its_image(devkit, text, message):
     path = devkit / "Annotations/a.xml"
     path.unlink() if text is None else path.write_text(text)
     (problem,) = read_devkit(devkit, CLASSES).entries["a"].problems
-    assert str(path) in problem and message in problem
+    assert str(path) in problem.what and message in problem.what and problem.error
 
 
 def test_bad_lists_are_problems(devkit):

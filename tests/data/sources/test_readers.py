@@ -1,7 +1,7 @@
 """The contract of data sources: whatever is read, the same holds of what comes out."""
 
 from functools import partial
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import get_args
 
 import numpy as np
@@ -36,19 +36,20 @@ def test_ids_are_plain_files_exist_labels_are_known_and_splits_are_not_empty(rea
     assert len(set(source.classes)) == len(source.classes) > 0
     assert "background" not in source.classes
     for name, entry in source.entries.items():
-        assert name == Path(name).name and not name.startswith(".")
+        path = PurePosixPath(name)
+        assert not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
         assert entry.problems == ()
         for path in filter(None, (entry.image, entry.mask)):
             assert path.is_file()
             assert path.is_relative_to(tmp_path / "raw") or path.is_relative_to(tmp_path / "out")
         if entry.labels is not None:
-            assert entry.labels and list(entry.labels) == sorted(set(entry.labels))
+            assert list(entry.labels) == sorted(set(entry.labels))
             assert set(entry.labels) <= set(source.classes)
     assert {"train", "val"} <= set(source.splits)
     for ids in source.splits.values():
         assert ids and len(set(ids)) == len(ids)
     assert {name for ids in source.splits.values() for name in ids} == set(source.entries)
-    assert all(source.entries[name].labels for name in source.splits["train"])
+    assert all(source.entries[name].labels is not None for name in source.splits["train"])
     # Masks fit their images and show known classes.
     assert list(verify(source)) == list(source.entries)
     for entry in filter(lambda entry: entry.mask, source.entries.values()):

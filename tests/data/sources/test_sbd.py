@@ -54,7 +54,7 @@ def test_trainaug(tmp_path, devkit, read):
         assert np.array_equal(read_label_map(entry.mask), MASK)
     assert {path.stem for path in (tmp_path / "masks").iterdir()} == {"2008_8", "2008_9"}
     checked = verify(source)["2008_8"]
-    assert checked.labels_without_pixels == checked.pixels_without_label == 2
+    assert len(checked.bare) == len(checked.more) == 2
 
 
 def test_damaged_and_foreign_masks_are_problems(tmp_path, read):

@@ -8,7 +8,8 @@ from PIL import Image
 from support.sources import problems_of
 
 from isim.data.files import write_label_map
-from isim.data.sources.source import Entry, Source, check_labels, verify
+from isim.data.problems import Problem
+from isim.data.sources.source import Entry, Source, Treatment, check_labels, examine, verify
 from isim.runtime.identity import md5
 
 CLASSES = ("ant", "bee", "cow")
@@ -21,11 +22,12 @@ def entry(folder, name, mask=None, labels=("ant",), problems=()):
     path = None if mask is None else folder / f"{name}.png"
     if path:
         write_label_map(path, mask)
-    return Entry(image, path, labels, problems)
+    return Entry(image, path, labels, tuple(Problem(what, what) for what in problems))
 
 
 def source(entries, problems=(), splits=None):
-    return Source(CLASSES, entries, splits or {"train": tuple(entries)}, tuple(problems))
+    found = tuple(Problem("odd", what) for what in problems)
+    return Source(CLASSES, entries, splits or {"train": tuple(entries)}, found)
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
@@ -59,10 +61,22 @@ def test_all_problems_are_listed_at_once(tmp_path):
         assert part in line
 
 
-def test_a_long_list_is_capped():
-    lines = problems_of(source({}, [f"problem {n}" for n in range(60)], {"train": ("a",)}))
-    assert len(lines) == 52
-    assert [line.strip() for line in lines[50:]] == ["problem 49", "and 10 more"]
+def test_what_is_unreadable_is_left_out_with_a_warning_where_that_is_asked_for(tmp_path):
+    entries = {
+        "fine": entry(tmp_path, "fine", PLAIN),
+        "lost": Entry(tmp_path / "lost.jpg", None, ("ant",)),
+        "text": entry(tmp_path, "text", PLAIN),
+    }
+    entries["text"].mask.write_text("no PNG")
+    found = examine(source(entries), Treatment(skip=True))
+    assert list(found.source.entries) == list(found.results) == ["fine", "text"]
+    assert found.source.splits == {"train": ("fine", "text")}
+    assert found.results["text"].mask is None and found.results["fine"].mask is not None
+    assert [(p.severity, p.file) for p in found.problems] == [
+        ("warning", str(tmp_path / "lost.jpg")),
+        ("warning", str(tmp_path / "text.png")),
+    ]
+    assert all(problem.what.endswith("; left out") for problem in found.problems)
 
 
 @given(
@@ -76,12 +90,17 @@ def test_files_are_hashed_pixels_and_disagreements_counted(tmp_path_factory, mas
     assert result.files == hashed
     assert result.pixels.tolist() == [(mask == index).sum() for index in range(4)]
     shown = {CLASSES[index - 1] for index in (1, 2, 3) if (mask == index).any()}
-    assert result.labels_without_pixels == len(labels - shown)
-    assert result.pixels_without_label == len(shown - labels)
+    assert set(result.bare) == labels - shown
+    assert set(result.more) == shown - labels
 
 
 def test_labels_of_an_image():
     assert check_labels(("ant", "cow"), CLASSES, "x") == ()
-    assert check_labels((), CLASSES, "x") == ("x names no class: an image without a label",)
-    unknown = check_labels(("fly", "ant", "elk"), CLASSES, "x")
-    assert unknown == ("x: unknown class 'elk'", "x: unknown class 'fly'")
+    (none,) = check_labels((), CLASSES, "x")
+    assert none.what == "x names no class: an image without a label"
+    unknown = check_labels(("fly", "ant", "elk", "Bee"), CLASSES, "x")
+    assert [problem.what for problem in unknown] == [
+        "x: unknown class 'Bee'; did you mean 'bee'?",
+        "x: unknown class 'elk'",
+        "x: unknown class 'fly'",
+    ]

@@ -1,0 +1,44 @@
+"""A folder a class: an image's label is the folder that it lies in."""
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from isim.data.formats.tagged import BACKGROUND_NAME, SPLITS, Tagged, Tags
+from isim.data.problems import Problem
+
+# The folder of images that show none of the classes.
+NONE = "none"
+
+
+def read(ids: Iterable[str]) -> Tags:
+    """Read the tags off ids, which are paths: the first folder of each is its class.
+
+    Folders train, val and test, if there are no others, are splits, and the next ones classes. An
+    image that lies in no class's folder has no row: its tags are unknown.
+    """
+    paths = [(name, PurePosixPath(name).parts[:-1]) for name in ids]
+    firsts = {folders[0] for _, folders in paths if folders}
+    by_split = bool(firsts) and all(name.lower() in SPLITS for name in firsts)
+    rows, problems, notes = [], [], []
+    if by_split:
+        notes.append(f"the folders {', '.join(sorted(firsts))} are splits")
+    negatives = 0
+    for name, folders in paths:
+        split = SPLITS[folders[0].lower()] if by_split and folders else ""
+        classes = folders[1:] if by_split else folders
+        if not classes:
+            continue
+        label = classes[0]
+        if label.lower() == BACKGROUND_NAME:
+            what = (
+                f"folder {'/'.join(folders)}: `{label}` is no class; call it `{NONE}` if its "
+                "images show none of the classes"
+            )
+            problems.append(Problem("background as a class", what, name))
+            continue
+        none = label.lower() == NONE
+        negatives += none
+        rows.append(Tagged(name, () if none else (label,), f"folder {label}", split))
+    if negatives:
+        notes.append(f"folder {NONE}: {negatives} images that show none of the classes")
+    return Tags(tuple(rows), tuple(problems), tuple(notes))

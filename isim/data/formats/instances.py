@@ -1,0 +1,126 @@
+"""COCO's instances: a JSON file of images, categories and annotated objects."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isim.data.formats import json_files, tagged
+from isim.data.formats.tagged import Tagged, Tags
+from isim.errors import UserError
+from isim.metrics import IGNORE
+
+Annotation = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Content of an instances file.
+
+    Attributes:
+        path: The file.
+        classes: Names of the categories, in the file's order.
+        images: File name, height and width of each image, by its number.
+        objects: Annotations of each image, by its number; none of images without any.
+        names: Name of each category, by its number.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    images: dict[int, tuple[str, int, int]]
+    objects: dict[int, list[Annotation]]
+    names: dict[int, str]
+
+    def tags(self) -> Tags:
+        """Tags of every image: the categories of its objects, crowds included."""
+        rows = []
+        for number, (name, _, _) in self.images.items():
+            found = {self.names[one["category_id"]] for one in self.objects.get(number, ())}
+            rows.append(Tagged(name, tagged.distinct(found), f"{self.path.name}, {name}"))
+        return Tags(tuple(rows))
+
+    def outlined(self, number: int) -> bool:
+        """Tell whether every object of an image has an outline; an image without any has none."""
+        return all(one.get("segmentation") for one in self.objects.get(number, ()))
+
+    def mask(self, number: int, ids: Mapping[str, int]) -> NDArray[np.uint8]:
+        """Make the semantic mask (H, W) of an image, given the class id of each name.
+
+        Larger objects lie below smaller ones, as those that overlap are mostly parts of larger
+        ones. Crowds, whose outlines are rough, are IGNORE where no object is.
+
+        Raises UserError for an outline that is none.
+        """
+        from pycocotools import mask as outlines
+
+        name, height, width = self.images[number]
+        found: NDArray[np.uint8] = np.zeros((height, width), np.uint8)
+        objects = self.objects.get(number, ())
+        try:
+            for one in sorted(objects, key=lambda one: (not one.get("iscrowd"), -_area(one))):
+                given = one["segmentation"]
+                if isinstance(given, list):
+                    code = outlines.merge(outlines.frPyObjects(given, height, width))
+                elif isinstance(given["counts"], list):
+                    code = outlines.frPyObjects(given, height, width)
+                else:
+                    code = given
+                inside = outlines.decode([code])[..., 0].astype(bool)
+                found[inside] = (
+                    IGNORE if one.get("iscrowd") else ids[self.names[one["category_id"]]]
+                )
+        # pycocotools meets a damaged outline with whatever its parser stumbles over.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.path}: an outline of {name} is unusable ({reason}); mend it"
+            ) from error
+        return found
+
+
+def is_instances(content: object) -> bool:
+    """Tell whether the content of a JSON file is COCO's."""
+    return isinstance(content, dict) and isinstance(content.get("images"), list)
+
+
+def read(path: Path, content: object = None) -> Instances:
+    """Read an instances file; `content` is that of `json_files.load`, if it was read before.
+
+    Raises:
+        UserError: It is missing, unreadable or of another form.
+    """
+    given: Any = json_files.load(path) if content is None else content
+    if not is_instances(given):
+        raise UserError(f"{path} is no instances file of COCO: it has no list of images")
+    try:
+        names = {int(one["id"]): str(one["name"]) for one in given.get("categories", ())}
+        images = {
+            int(one["id"]): (_posix(one["file_name"]), int(one["height"]), int(one["width"]))
+            for one in given["images"]
+        }
+        objects: dict[int, list[Annotation]] = {}
+        for one in given.get("annotations", ()):
+            if one["category_id"] not in names or one["image_id"] not in images:
+                raise ValueError(f"annotation {one.get('id')} is of no known image or category")
+            objects.setdefault(int(one["image_id"]), []).append(one)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path} is no usable instances file of COCO ({what}); mend it") from error
+    return Instances(path, tuple(names.values()), images, objects, names)
+
+
+def class_ids(classes: Sequence[str]) -> dict[str, int]:
+    """Number the classes: 1 + the place of each."""
+    return {name: place for place, name in enumerate(classes, start=1)}
+
+
+def _area(annotation: Annotation) -> float:
+    area = annotation.get("area")
+    return float(area) if isinstance(area, int | float) else 0.0
+
+
+def _posix(name: object) -> str:
+    return str(name).replace("\\", "/")

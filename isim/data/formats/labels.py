@@ -1,0 +1,119 @@
+"""Labels of a folder of images: which file or form they have, and reading them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from isim.data.formats import annotation, class_folders, instances, json_files, tables
+from isim.data.formats.instances import Instances
+from isim.data.formats.listing import Listing
+from isim.data.formats.tagged import Tags
+from isim.errors import UserError
+
+AUTO = "auto"
+# Names of label files that are taken before others.
+_USUAL = ("labels", "tags")
+_JSON = {".json", *json_files.LINES}
+_TABLES = tables.SUFFIXES - {".txt"}
+_XML_FOLDERS = ("Annotations", "annotations")
+
+
+class Read(NamedTuple):
+    """Tags of a folder; where they are COCO's instances, these too; and what was read, in words."""
+
+    tags: Tags
+    instances: Instances | None
+    form: str
+
+
+def read(wanted: str, root: Path, images: Path, listing: Listing) -> Read:
+    """Read the labels of the images that `listing` has in the folder `images`.
+
+    `wanted` is a label file, a folder of VOC's annotations or one of a folder a class, absolute or
+    below `root`; or `auto`: a table or JSON in `root`, then annotations, then a folder a class.
+
+    Raises:
+        UserError: There are no labels, several files that may be them, or one that is unreadable.
+    """
+    if wanted != AUTO:
+        path = root / wanted
+        if not path.exists():
+            raise UserError(f"prepare.labels: {path} does not exist; name the label file, or auto")
+        return _folder(path, images, listing) if path.is_dir() else of_file(path)
+    for look in (_file_of, _annotations_of, _folders_of):
+        if found := look(root, images, listing):
+            return found
+    raise UserError(
+        f"{root} has no labels: neither a file such as labels.csv, nor a folder for each class, "
+        "nor annotations in XML; add one, or name it in prepare.labels"
+    )
+
+
+def of_file(path: Path) -> Read:
+    """Read a label file: a table, JSON, JSON lines or COCO's instances. UserError as its reader."""
+    if path.suffix.lower() not in _JSON:
+        return Read(tables.read(path), None, f"the table {path.name}")
+    content = json_files.load(path)
+    if instances.is_instances(content):
+        found = instances.read(path, content)
+        return Read(found.tags(), found, f"the COCO file {path.name}")
+    return Read(json_files.read(path, content), None, f"the JSON file {path.name}")
+
+
+def _folder(path: Path, images: Path, listing: Listing) -> Read:
+    paths = sorted(path.rglob("[!.]*.xml"))
+    if paths:
+        return Read(annotation.read(path, paths), None, f"annotations in {path.name}")
+    if path.resolve() == images.resolve():
+        return Read(class_folders.read(listing.images), None, "a folder for each class")
+    raise UserError(
+        f"prepare.labels: the folder {path} holds no annotations (.xml), and is not that of the "
+        "images; name a label file"
+    )
+
+
+def _file_of(root: Path, images: Path, _: Listing) -> Read | None:
+    """A label file in `root`, or beside it under its name."""
+    places = [root, *([images] if images != root else []), *_existing(root, _XML_FOLDERS)]
+    found = [
+        path
+        for place in places
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() in _TABLES | _JSON and not path.name.startswith(".")
+    ]
+    usual = [path for path in found if path.stem.lower() in _USUAL]
+    found = usual or found
+    if not found:
+        beside = (root.parent / f"{root.name}{suffix}" for suffix in sorted(_TABLES | _JSON))
+        found = [path for path in beside if path.is_file()]
+    if len(found) > 1:
+        names = ", ".join(path.relative_to(root.parent).as_posix() for path in found[:4])
+        raise UserError(
+            f"{len(found)} files may hold the labels ({names}); name one in prepare.labels"
+        )
+    return of_file(found[0]) if found else None
+
+
+def _annotations_of(root: Path, images: Path, listing: Listing) -> Read | None:
+    """Annotations in a folder of their own, or beside the images."""
+    for folder in _existing(root, _XML_FOLDERS):
+        if paths := sorted(folder.rglob("[!.]*.xml")):
+            return Read(annotation.read(folder, paths), None, f"annotations in {folder.name}")
+    beside = [
+        path
+        for name, path in listing.others.items()
+        if name.lower().endswith(".xml") and name[:-4] in listing.images
+    ]
+    if not beside:
+        return None
+    return Read(annotation.read(images, beside), None, "annotations beside the images")
+
+
+def _folders_of(_: Path, __: Path, listing: Listing) -> Read | None:
+    tags = class_folders.read(listing.images)
+    if not tags.rows and not tags.problems:
+        return None
+    return Read(tags, None, "a folder for each class")
+
+
+def _existing(root: Path, names: tuple[str, ...]) -> list[Path]:
+    return [root / name for name in names if (root / name).is_dir()]

@@ -1,0 +1,198 @@
+"""Tables of labels (CSV): any usual separator and header; a cell, a row or a column a label."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isim.data.formats import tagged
+from isim.data.formats.tagged import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, Tagged, Tags
+from isim.data.problems import Problem
+from isim.errors import UserError
+
+SUFFIXES = {".csv", ".tsv", ".tab", ".txt"}
+DELIMITERS = ",;\t|"
+# Cells of a column that stands for a class.
+_YES = {"1", "1.0", "true", "yes", "y", "x"}
+_NO = {"0", "0.0", "false", "no", "n", "-1", ""}
+# Line of the file and its cells.
+_Line = tuple[int, list[str]]
+
+
+def read(path: Path) -> Tags:
+    """Read a table of labels.
+
+    The header names a column of images, and one of labels, or none: then every column of 0 and 1
+    is a class. Labels in a cell are parted by `;` or `|`, in a file that has none by `,`, quoted or
+    not. Several rows of an image are taken together by who reads the tags.
+
+    Raises:
+        UserError: The file is unreadable, not UTF-8, or has no such header; the line is shown.
+    """
+    header, lines = _parsed(path)
+    image = tagged.column(header, IMAGE_NAMES)
+    if image is None:
+        raise _no_header(path, header)
+    others = [name if place != image else "" for place, name in enumerate(header)]
+    label, split = (tagged.column(others, names) for names in (LABEL_NAMES, SPLIT_NAMES))
+    table = _Table(path, header, image, split, lines)
+    return table.one_hot() if label is None else table.labelled(label)
+
+
+def _parsed(path: Path) -> tuple[list[str], list[_Line]]:
+    """Read header and lines, without empty ones."""
+    try:
+        text = tagged.text_of(path)
+        first, _, rest = text.lstrip("\n").partition("\n")
+        skipped = len(text) - len(text.lstrip("\n")) + 1
+        if first.lower().startswith("sep=") and len(first) == 5:
+            # Excel's own line on the separator.
+            header, _, rest = rest.partition("\n")
+            skipped, delimiter = skipped + 1, first[4]
+        else:
+            header, delimiter = first, _delimiter(first)
+        if delimiter in "\n\"'":
+            raise _no_header(path, [first])
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        reader = csv.reader(io.StringIO(rest), delimiter=delimiter)
+        lines = [
+            (skipped + reader.line_num, cells) for cells in reader if any(map(str.strip, cells))
+        ]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot read {path} ({reason}); write one with the columns image,labels in UTF-8"
+        ) from error
+    return [name.strip() for name in names], lines
+
+
+def _delimiter(header: str) -> str:
+    """Choose the separator by which a header has the most names that are known, else cells."""
+    known = {*IMAGE_NAMES, *LABEL_NAMES, *SPLIT_NAMES}
+
+    def worth(delimiter: str) -> tuple[bool, int, int]:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        found = tagged.column(names, IMAGE_NAMES) is not None
+        return found, sum(tagged.plain(name) in known for name in names), len(names)
+
+    return max(DELIMITERS, key=worth)
+
+
+def _no_header(path: Path, header: Sequence[str]) -> UserError:
+    found = ",".join(header)[:80] or "an empty file"
+    return UserError(
+        f"{path} must begin with a header such as image,labels, which names the column of images; "
+        f"found: {found}"
+    )
+
+
+@dataclass
+class _Table:
+    """A table whose column of images is known."""
+
+    path: Path
+    header: Sequence[str]
+    image: int
+    split: int | None
+    lines: list[_Line]
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def labelled(self, label: int) -> Tags:
+        """Read a table with a column of labels."""
+        self._tell_unknown({label, self.image, self.split})
+        width, last = len(self.header), label == len(self.header) - 1
+        cells: list[tuple[_Line, str, list[str]]] = []
+        surplus: list[int] = []
+        for line, row in self.lines:
+            more = [cell for cell in row[width:] if cell.strip()]
+            if len(row) <= max(label, self.image):
+                why = "has no cell of labels; write an empty one if it shows none of the classes"
+                self._refuse(line, row, why)
+                continue
+            if more and not last:
+                self._refuse(line, row, "has more cells than the header; quote cells with commas")
+                continue
+            if more:
+                surplus.append(line)
+            cells.append(((line, row), row[label], more))
+        if surplus:
+            self.notes.append(
+                f"{self.path.name}: {len(surplus)} rows have more cells than the header, such as "
+                f"line {surplus[0]}; they are taken for further labels"
+            )
+        marks = [mark for mark in ";|" if any(mark in cell for _, cell, _ in cells)]
+        if not marks and any("," in cell for _, cell, _ in cells):
+            marks = [","]
+        if marks:
+            self.notes.append(f"{self.path.name}: labels are parted by {' and '.join(marks)}")
+        rows = []
+        for (line, row), cell, more in cells:
+            names = [name for part in (cell, *more) for name in _names(part, marks)]
+            rows.append(self._tagged(line, row, tagged.distinct(names)))
+        return self._tags(rows)
+
+    def one_hot(self) -> Tags:
+        """Read a table with a column a class."""
+        taken = {self.image, self.split}
+        width = len(self.header)
+        places: list[int] = []
+        other: list[int] = []
+        for place, name in enumerate(self.header):
+            values = {row[place].strip().lower() for _, row in self.lines if place < len(row)}
+            if place in taken or not name:
+                continue
+            fits = values <= _YES | _NO and values & (_YES | _NO - {""})
+            (places if fits else other).append(place)
+        if not places:
+            raise UserError(
+                f"{self.path} has neither a column of labels, such as `labels`, nor columns of 0 "
+                f"and 1, one a class; found: {','.join(self.header)[:80]}"
+            )
+        self._tell_unknown({*places, *taken})
+        names = ", ".join(self.header[place] for place in places)
+        self.notes.append(f"{self.path.name}: a column a class ({_short(names)})")
+        rows = []
+        for line, row in self.lines:
+            if len(row) != width:
+                self._refuse(line, row, f"has {len(row)} cells, the header {width}")
+                continue
+            chosen = [self.header[p] for p in places if row[p].strip().lower() in _YES]
+            rows.append(self._tagged(line, row, tagged.distinct(chosen)))
+        return self._tags(rows)
+
+    def _tags(self, rows: list[Tagged]) -> Tags:
+        return Tags(tuple(rows), tuple(self.problems), tuple(self.notes))
+
+    def _tagged(self, line: int, row: list[str], labels: tuple[str, ...]) -> Tagged:
+        where = f"{self.path.name} line {line}"
+        name = row[self.image].strip()
+        if not name:
+            self._refuse(line, row, "names no image")
+        told = row[self.split] if self.split is not None and self.split < len(row) else ""
+        return Tagged(name, labels, where, tagged.split_of(told, where, self.problems))
+
+    def _refuse(self, line: int, row: list[str], why: str) -> None:
+        where = f"{self.path.name} line {line}"
+        what = f"{where} {why}; found: {_short(','.join(row))}"
+        self.problems.append(Problem("unusable row", what, str(self.path)))
+
+    def _tell_unknown(self, known: set[int | None]) -> None:
+        other = [name for place, name in enumerate(self.header) if place not in known and name]
+        if other:
+            self.notes.append(f"{self.path.name}: columns not used: {_short(', '.join(other))}")
+
+
+def _names(cell: str, marks: Sequence[str]) -> list[str]:
+    """Part the labels of a cell; Python's and JSON's lists are understood, too."""
+    text = cell.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [name.strip().strip("'\"") for name in text[1:-1].split(",")]
+    for mark in marks[1:]:
+        text = text.replace(mark, marks[0])
+    return text.split(marks[0]) if marks else [text]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

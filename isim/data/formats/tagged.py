@@ -1,0 +1,106 @@
+"""Tags as label files tell them: the form that all formats are read into, and its vocabulary."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isim.data.problems import Problem
+
+# Names of columns and keys, the likeliest first; they are compared by `plain`.
+IMAGE_NAMES = (
+    "image", "file_name", "filename", "file", "image_name", "image_path", "image_file", "img",
+    "img_name", "img_path", "path", "filepath", "file_path", "photo", "picture", "images", "files",
+    "name", "image_id", "img_id", "imageid", "id",
+)  # fmt: skip
+LABEL_NAMES = (
+    "labels", "label", "tags", "tag", "classes", "class", "categories", "category", "class_name",
+    "class_names", "label_name", "label_names", "classname", "keywords", "keyword", "objects",
+)  # fmt: skip
+SPLIT_NAMES = ("split", "subset", "set", "partition", "fold_name")
+# A test set is held out from training, as a validation set is.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+BACKGROUND_NAME = "background"
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """One image as a label file tells of it.
+
+    Attributes:
+        image: Its name as it is written: with or without folder and suffix.
+        labels: Distinct names of its classes, sorted; none: it shows none of the classes. None:
+            they are unknown.
+        where: File, and line or entry, for messages.
+        split: train, val or test; empty where the file does not tell.
+        otherwise: Another name of the image, to try if there is none of the first.
+    """
+
+    image: str
+    labels: tuple[str, ...] | None
+    where: str
+    split: str = ""
+    otherwise: str = ""
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Content of a label file, in its order.
+
+    `notes` are lines on how it was read, which the user should see and need not act on.
+    """
+
+    rows: tuple[Tagged, ...]
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plain(name: str) -> str:
+    """Return a column's name in the form in which names are compared: `File Name` is file_name."""
+    return re.sub(r"[\s\-]+", "_", name.strip().lower())
+
+
+def column(names: Sequence[str], known: Sequence[str]) -> int | None:
+    """Find the place of the first of the `known` names; None if there is none."""
+    there = [plain(name) for name in names]
+    return next((there.index(name) for name in known if name in there), None)
+
+
+def distinct(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the names without blanks around them, in one Unicode form, once each, sorted."""
+    names = {unicodedata.normalize("NFC", label).strip() for label in labels}
+    return tuple(sorted(names - {""}))
+
+
+def split_of(text: str, where: str, problems: list[Problem]) -> str:
+    """Read the name of a split: train, val, test or empty. Another one is added to `problems`."""
+    if not text.strip():
+        return ""
+    found = SPLITS.get(text.strip().lower())
+    if found is None:
+        what = f"{where}: there is no split '{text.strip()[:40]}'; write train, val or test"
+        problems.append(Problem("unknown split", what, where))
+    return found or ""
+
+
+def natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """Return the key by which 2 comes before 10, and capitals do not matter."""
+    parts = re.split(r"(\d+)", name.casefold())
+    # `\d` takes digits of any script, and so does int.
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], name
+
+
+def text_of(path: Path) -> str:
+    r"""Read a text file: UTF-8, with or without byte-order mark, or UTF-16 with one; lines end \n.
+
+    Raises UnicodeDecodeError for another encoding, and OSError.
+    """
+    data = path.read_bytes()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

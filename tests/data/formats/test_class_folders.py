@@ -1,0 +1,28 @@
+"""Folders of classes, and of splits above them."""
+
+from isim.data.formats import class_folders
+
+
+def test_the_first_folder_is_the_class_and_the_rest_has_none():
+    found = class_folders.read(["cat/1", "cat/old/2", "None/3", "4"])
+    assert {row.image: row.labels for row in found.rows} == {
+        "cat/1": ("cat",),
+        "cat/old/2": ("cat",),
+        "None/3": (),
+    }
+
+
+def test_splits_are_so_only_if_all_folders_are():
+    found = class_folders.read(["Train/cat/1", "val/dog/2", "val/3"])
+    assert [(row.image, row.labels, row.split) for row in found.rows] == [
+        ("Train/cat/1", ("cat",), "train"),
+        ("val/dog/2", ("dog",), "val"),
+    ]
+    assert found.notes == ("the folders Train, val are splits",)
+    found = class_folders.read(["train/1", "bus/2"])
+    assert [row.labels for row in found.rows] == [("train",), ("bus",)]
+
+
+def test_background_is_no_class():
+    (problem,) = class_folders.read(["cat/1", "background/2"]).problems
+    assert problem.error and "`background` is no class; call it `none` if" in problem.what
