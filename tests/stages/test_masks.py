@@ -1,5 +1,6 @@
 """Stage masks: where each image's mask comes from, what cleaning does, data without masks."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from support.sections import changed
 from isim.data import files, prepared
 from isim.errors import UserError
 from isim.labels.clean.clean import clean, count_parts
+from isim.runtime import atomic
 from isim.stages import train_segmenter
 
 LAST = "data/pseudo_labels/round_02"
@@ -25,8 +27,10 @@ def make_unlabelled(root, split):
     """Let the tags of a split be unknown."""
     ids = {item.id for item in prepared.load(root).splits[split]}
     path = root / "data/prepared/labels.csv"
-    pairs = (row.split(",", 1) for row in path.read_text().splitlines())
-    path.write_text("".join(f"{id_},{'' if id_ in ids else tags}\n" for id_, tags in pairs))
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    unknown = {"labels": "", "known": 0}
+    atomic.write_csv(path, [row | (unknown if row["id"] in ids else {}) for row in rows])
 
 
 def test_every_image_has_a_mask_and_the_report_its_figures(run, finished):
