@@ -121,6 +121,80 @@ def preset(
 
 
 @_command
+def init(
+    where: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR [NAME=VALUE]...",
+            help="New folder of the project; parameters that are set, such as train_cam.seed=1.",
+        ),
+    ],
+    *,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; they stay where they are.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="File of the labels; by default it is looked for.")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks, if there are any.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of the encoder: a file, imagenet or none.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="timm's name of another encoder.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Preset that all other parameters come from.")
+    ] = "own-images",
+) -> None:
+    """Make a project of your own images in a new folder."""
+    from isim.project import choices, folder, plan
+    from isim.runtime import progress
+
+    place, *settings = where
+    new = Path(place)
+    wishes = choices.Wishes(
+        images, labels, masks, weights=weights, encoder=encoder, preset=preset, settings=settings
+    )
+    folder.require_new(new)
+    with progress.watched("init"):
+        chosen = choices.make(wishes, new)
+        for line in (*chosen.lines(), *folder.create(new, chosen)):
+            progress.tell(line)
+        try:
+            told = plan.make(chosen.params, new).lines()
+            told.append(f"{new} is ready: cd {new} && dvc repro")
+        except UserError as error:
+            # The project is there, and its data or parameters can be mended.
+            told = [f"no plan, as a dry run failed: {error}"]
+            told.append(f"{new} is written; mend that, then: cd {new} && isim plan && dvc repro")
+    for line in told:
+        typer.echo(line)
+
+
+@_command
+def plan() -> None:
+    """Tell how long the stages will take, and how much disk and memory."""
+    from isim.params import load
+    from isim.project import lock
+    from isim.project import plan as plans
+    from isim.runtime import progress
+
+    lock.require(Path.cwd())
+    with progress.watched("plan"):
+        made = plans.make(load(Path("params.yaml")), Path.cwd())
+    for line in made.lines():
+        typer.echo(line)
+
+
+@_command
+def upgrade() -> None:
+    """Bring the project in this folder to the isim that is installed."""
+    from isim.project import folder
+
+    for line in folder.upgrade(Path.cwd()):
+        typer.echo(line)
+
+
+@_command
 def results() -> None:
     """Print the results of the last run."""
     from isim.reporting import results as report
@@ -200,9 +274,12 @@ def predict(
     """Write masks of any images by the segmenter; exit code 1 if some were unreadable."""
     from isim.api import trained
     from isim.passes import predict as predictor
+    from isim.runtime import progress
 
     options["model"] = options["model"] or trained(Path.cwd(), by_cam=options["by_cam"])
-    if predictor.run(paths, out, predictor.Options(**options), Path.cwd()):
+    with progress.watched("predict"):
+        left_out = predictor.run(paths, out, predictor.Options(**options), Path.cwd())
+    if left_out:
         raise typer.Exit(1)
 
 
@@ -246,6 +323,7 @@ def export(
 ) -> None:
     """Write masks, or the segmenter (onnx), in the format of another tool."""
     from isim.passes import export as exporter
+    from isim.runtime import progress
 
     if form == "onnx":
         from isim.api import trained
@@ -253,7 +331,9 @@ def export(
         options["model"] = options["model"] or trained(Path.cwd())
     else:
         options["source"] = options["source"] or "data/masks"
-    typer.echo(exporter.run(form, dest, exporter.Options(**options), Path.cwd()))
+    with progress.watched(f"export {form}"):
+        written = exporter.run(form, dest, exporter.Options(**options), Path.cwd())
+    typer.echo(written)
 
 
 @_command
@@ -278,8 +358,10 @@ def server_archive(
 
 
 def _run(stage: str, *arguments: str) -> None:
+    from isim.project import lock
     from isim.stage import start
 
+    lock.require(Path.cwd())
     start(stage, Path.cwd(), *arguments)
 
 

@@ -23,7 +23,16 @@ from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.params import Params, load
 from isim.reporting import pictures, tracking
-from isim.runtime import atomic, checkpoint, identity, kernels, launcher, memory, processes
+from isim.runtime import (
+    atomic,
+    checkpoint,
+    identity,
+    kernels,
+    launcher,
+    memory,
+    processes,
+    progress,
+)
 from isim.runtime.here import Here
 from isim.runtime.paths import home
 
@@ -52,8 +61,17 @@ class Stage(Here):
         processes.barrier()
         if processes.is_main():
             for made, out in outs.items():
-                with atomic.atomic_directory(self.root / out) as building:
-                    shutil.copytree(self.resume / made, building, dirs_exist_ok=True)
+                with (
+                    atomic.atomic_directory(self.root / out) as building,
+                    progress.task(f"copies {out}", unit="file") as copied,
+                ):
+
+                    def copy(source: str, target: str, copied: progress.Task = copied) -> None:
+                        shutil.copy2(source, target)
+                        copied.add()
+
+                    source = self.resume / made
+                    shutil.copytree(source, building, copy_function=copy, dirs_exist_ok=True)
 
     def report(self, *writes: Callable[["Stage"], None]) -> None:
         """Call functions with this stage, once: in the first process, when all have come here.
@@ -142,9 +160,10 @@ def opened(
     key = _identity(here, words, params)
     here.resume = checkpoint.resume_folder(base.joinpath("resume", *words), key)
     inputs = {name: (reads[name], md5) for name, md5 in here.hashes.items()}
-    with tracking.stage_run(
-        word, params, root, inputs=inputs, identity=key, label_set=label_set
-    ) as here.tracked:
+    run = tracking.stage_run(word, params, root, inputs=inputs, identity=key, label_set=label_set)
+    with contextlib.ExitStack() as stack:
+        with progress.task("opens its MLflow run"):
+            here.tracked = stack.enter_context(run)
         if hasattr(params, "precision"):
             here.tracked.tag("precision", here.precision)
             here.tracked.tag("device", str(here.device))
@@ -214,11 +233,12 @@ def alone(name: str, folder: Path) -> Iterator[None]:
         return True
 
     told = False
-    while not processes.broadcast(acquire() if processes.is_main() else True):
-        if not told and processes.is_main():
-            print(f"isim: waiting for another run of {name} to end ({path})", file=sys.stderr)
-        told = True
-        time.sleep(0.2)
+    with progress.task("waits for another run of it to end"):
+        while not processes.broadcast(acquire() if processes.is_main() else True):
+            if not told and processes.is_main():
+                print(f"isim: waiting for another run of {name} to end ({path})", file=sys.stderr)
+            told = True
+            time.sleep(0.2)
     try:
         yield
     finally:
@@ -230,7 +250,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
 
     Raises UserError as the stage; a wrong parameter is told before the stage is imported.
     """
-    with processes.started(home(root) / ".isim"):
+    told = progress.watched(" ".join((word, *arguments)))
+    with processes.started(home(root) / ".isim"), told:
         params = load(root / "params.yaml")
         for name in arguments:
             require_label_set(params, name)
@@ -240,7 +261,7 @@ def start(word: str, root: Path, *arguments: str) -> None:
         kernels.crf_backend()
         # What the stage reads is then what its identity is made of.
         with alone("-".join((word, *arguments)), home(root) / ".isim"):
-            with memory.uncollected():
+            with memory.uncollected(), progress.task("loads its libraries"):
                 stage: Any = importlib.import_module(f"isim.stages.{word}")
             gc.freeze()
             stage.run(getattr(params, word), *arguments, root)

@@ -23,7 +23,7 @@ STAGES = list(PIPELINE["stages"])
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"api"},
+    {"api", "project"},
     {"stages"},
     {"stage"},
     {"passes", "training"},
@@ -165,6 +165,8 @@ def test_one_room_for_each_library():
     assert users_of("torch.distributed") == {"isim.runtime.processes", "isim.runtime.launcher"}
     assert users_of("hashlib") == {"isim.runtime.identity"}
     assert users_of("pydensecrf") == {"isim.labels.crf.refine"}
+    # Whoever shows progress elsewhere shows it in a terminal alone.
+    assert users_of("tqdm") == {"isim.runtime.progress"}
 
 
 def test_labels_and_metrics_are_pure():
@@ -262,7 +264,8 @@ def test_one_word_per_stage():
     from isim.cli import app
 
     modules = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
-    others = {"preset", "results", "server-archive", "tables", "predict", "export"}
+    others = {"init", "plan", "preset", "results", "server-archive", "tables", "upgrade"}
+    others |= {"export", "predict"}
     commands = set(get_command(app).commands) - others
     # The list of label sets says what a stage runs for; no stage is handed it.
     sections = set(Params.model_fields) - {"label_sets"} - set(SHARED)

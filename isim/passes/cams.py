@@ -14,7 +14,7 @@ from isim.models.inference import multi_scale_cams
 from isim.params import ExportCams, TrainCam
 from isim.passes import stream
 from isim.passes.features import Features
-from isim.runtime import devices, helpers
+from isim.runtime import devices, helpers, progress
 from isim.runtime.here import Here
 
 # Scales and flip that CAMs are summed over.
@@ -77,7 +77,8 @@ def grids(
         def make(some: Sequence[Item], images: Tensor) -> list[Tensor]:
             return [cached.planes(config, *pair) for pair in zip(some, images, strict=True)]
 
-        yield from stream.computed(make, items, here.device)
+        made = stream.computed(make, items, here.device)
+        yield from progress.track(made, "CAMs", len(items))
         return
 
     def of_one(item: Item) -> tuple[Item, Tensor]:
@@ -85,7 +86,8 @@ def grids(
 
     # A thread an image, as in `stream`.
     with devices.intra_op_threads(1):
-        yield from helpers.in_threads(of_one, items, start=partial(torch.set_num_threads, 1))
+        start = partial(torch.set_num_threads, 1)
+        yield from helpers.in_threads(of_one, items, "CAMs", start=start)
 
 
 def cams(

@@ -16,7 +16,7 @@ from isim.models.common import normalize
 from isim.passes import each
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
-from isim.runtime import devices
+from isim.runtime import devices, progress
 from isim.runtime.here import Here
 
 
@@ -49,7 +49,8 @@ def classify(
     def finish(_: Item, logits: Array) -> dict[str, Any]:
         return {"logits": logits.tolist()}
 
-    lines = each.image(here, items, finish, name=None, compute=logits_of).lines
+    with progress.task("classification"):
+        lines = each.image(here, items, finish, name=None, compute=logits_of).lines
     return _figures(items, np.array([line["logits"] for line in lines], np.float32))
 
 
@@ -59,7 +60,8 @@ def frozen(cached: Features, items: Sequence[Item]) -> dict[str, float]:
         return {}
     network = cached.network
     logits = [
-        network.logits(network.standardise(cached.tensor(item).flatten(1).T)) for item in items
+        network.logits(network.standardise(cached.tensor(item).flatten(1).T))
+        for item in progress.track(items, "classification")
     ]
     return _figures(items, torch.stack(logits).detach().cpu().numpy())
 

@@ -12,11 +12,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
 from isim.data.prepared import Item
 from isim.passes.journal import Journal, Line
-from isim.runtime import atomic, helpers, processes
+from isim.runtime import atomic, helpers, processes, progress
 from isim.runtime.here import Here
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def image(
             tasks = stream.results(own, compute, on_group, here.device)
         added: list[Line] = []
         lines = helpers.in_threads(line_of, tasks)
-        for line in tqdm(lines, name, len(own), leave=False, disable=None):
+        for line in progress.track(lines, name or "", len(own)):
             if journal is not None:
                 journal.add(line)
             added.append(line)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from isim.data import files
 from isim.data.prepared import Item
@@ -23,7 +22,7 @@ from isim.models.frozen import FrozenNetwork
 from isim.models.segmenter import SegmenterConfig
 from isim.passes import each
 from isim.passes.stream import Array, Tensors
-from isim.runtime import atomic, devices, identity, processes
+from isim.runtime import atomic, devices, identity, processes, progress
 from isim.runtime.here import Here
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -62,7 +61,8 @@ class Features:
         Raises UserError for an unreadable image, a failed write, or features that are not finite.
         """
         network, config, here = self.network, self._config, self._here
-        places = {item.id: self._file(item) for item in items}
+        digested = progress.track(items, "digests of the images")
+        places = {item.id: self._file(item) for item in digested}
         # The first process's list: all must leave out the same, though some already write.
         known = set(processes.broadcast([path.name for path in self.folder.glob("*.npy")]))
         missing = [item for item in items if places[item.id].name not in known]
@@ -92,9 +92,10 @@ class Features:
                 atomic.write_bytes(places[item.id], stream.getvalue())
                 return {}
 
-            each.image(here, missing, finish, name=None, compute=compute)
+            with progress.task("features"):
+                each.image(here, missing, finish, name=None, compute=compute)
         size = sum(places[item.id].stat().st_size for item in items) / 1e9
-        tqdm.write(
+        progress.tell(
             f"{here.name}: features of {len(items)} images ({len(missing)} computed now), "
             f"{size:.2f} GB in {self.folder} (may be deleted at any time)"
         )

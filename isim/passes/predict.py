@@ -18,7 +18,7 @@ from isim.metrics import IGNORE
 from isim.models import cam, segmenter
 from isim.params import Params, load
 from isim.passes.photographs import Answer, BySegmenter, ByTags
-from isim.runtime import atomic
+from isim.runtime import atomic, progress
 from isim.runtime.here import Here
 
 # The classes of an image where they are known, None where they are not.
@@ -65,7 +65,7 @@ def run(paths: Sequence[Path], out: Path, options: Options, root: Path) -> int:
     names = ("background", *classes)
     atomic.write_json(out / "classes.json", files.class_list(names))
     left_out = 0
-    for id_, path in labelled.told(list(chosen.items()), "predict"):
+    for id_, path in progress.track(chosen.items(), "masks"):
         try:
             image = files.read_image(path)
             if options.by_cam and tags is not None and id_ not in tags:

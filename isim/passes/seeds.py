@@ -16,6 +16,7 @@ from isim.params import TrainCam
 from isim.passes import cams, counts, each
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
+from isim.runtime import progress
 from isim.runtime.here import Here
 
 
@@ -65,5 +66,6 @@ def score(
         return counts.scored(item, {"counts": seed}, num_labels)
 
     scored = [item for item in items if item.mask is not None]
-    lines = each.image(here, scored, finish, name=None, compute=seeds_of).lines
+    with progress.task("scores"):
+        lines = each.image(here, scored, finish, name=None, compute=seeds_of).lines
     return metrics.miou(counts.total(lines, "counts", (num_labels, num_labels)))

@@ -32,6 +32,7 @@ SILENT_SECONDS = 1.0
 MAX_METRICS = 1000
 
 logger = logging.getLogger(__name__)
+_off = False
 P = ParamSpec("P")
 _Method = Callable[Concatenate["Run", P], None]
 
@@ -200,6 +201,17 @@ class NoRun(Run):
 
 
 @contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Record nothing of stages that run inside the block: a dry run is no result."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+@contextlib.contextmanager
 def stage_run(
     stage: str, params: BaseModel, root: Path, *, inputs: Inputs, identity: str, label_set: str = ""
 ) -> Iterator[Run]:
@@ -218,7 +230,7 @@ def stage_run(
     Raises:
         UserError: The tracking store cannot be reached at the start.
     """
-    if not processes.is_main():
+    if _off or not processes.is_main():
         yield NoRun()
         return
     opened = store.open_run(

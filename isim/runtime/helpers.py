@@ -5,15 +5,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from isim.errors import UserError
-from isim.runtime import processes
+from isim.runtime import processes, progress
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -48,10 +46,13 @@ def in_threads(
 
     There are `worker_count()` threads unless `threads` says otherwise (0: the caller's alone), and
     as many calls ahead as `depth` says, or two a thread. `start` is called first in each thread. A
-    `title` is that of a progress bar in the terminal.
+    `title` is what the progress of the results is told under.
     """
     if title:
-        stream = tqdm(stream, title, unit="image", disable=None)
+        total = len(stream) if isinstance(stream, Sized) else None
+        results = in_threads(function, stream, threads=threads, depth=depth, start=start)
+        yield from progress.track(results, title, total)
+        return
     if threads is None:
         threads = worker_count()
     if not threads:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isim.runtime import progress
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = Path(__file__).parent.parent
 # No result depends on how commands are read, nor on what is shown and compared.
-_ASIDE = {"api.py", "cli.py", "__main__.py", "reporting", "experiments"}
+_ASIDE = {"api.py", "cli.py", "__main__.py", "reporting", "experiments", "project"}
 
 
 def sha256(data: bytes) -> str:
@@ -29,9 +31,10 @@ def md5(path: Path) -> str:
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
     listing = [
         {"md5": md5(path / name), "relpath": name.as_posix()}
-        for name in (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        for name in progress.track(names, f"digest of {path.name}", unit="file")
         if "__pycache__" not in name.parts
     ]
     listing.sort(key=lambda entry: entry["relpath"])
@@ -52,8 +55,8 @@ def digest(tree: Mapping[str, Any]) -> str:
     return sha256(json.dumps(tree, sort_keys=True).encode())[:12]
 
 
-def code_files(stage: str) -> list[Path]:
-    """Return all source files but those that no result of this stage depends on.
+def code_files(stage: str | None = None) -> list[Path]:
+    """Return all source files but those that no result of this stage, or of any, depends on.
 
     Those are also the other stages and, for all stages but `prepare`, the readers of sources.
     """
@@ -62,11 +65,11 @@ def code_files(stage: str) -> list[Path]:
         parts = path.relative_to(PACKAGE).parts
         other_stage = parts[0] == "stages" and path.stem not in (stage, "__init__")
         source = parts[:2] == ("data", "sources") and stage != "prepare"
-        if parts[0] not in _ASIDE and not other_stage and not source:
+        if parts[0] not in _ASIDE and (stage is None or not (other_stage or source)):
             found.append(path)
     return found
 
 
-def of_code(stage: str) -> str:
+def of_code(stage: str | None = None) -> str:
     """Return the digest of the names and contents of `code_files`."""
     return digest({str(path.relative_to(PACKAGE)): md5(path) for path in code_files(stage)})

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from isim import stage
 from isim.data import prepared
 from isim.models import cam
 from isim.params import ExportCams
 from isim.passes import features, stored_cams
-from isim.runtime import atomic, devices
+from isim.runtime import atomic, devices, progress
 
 
 def run(params: ExportCams, root: Path) -> None:
@@ -32,7 +30,7 @@ def run(params: ExportCams, root: Path) -> None:
                 here, source, config, items, params=params, split=split
             )
             here.log(split, figures[split])
-            tqdm.write(f"export_cams: {len(items)} CAMs of {split}")
+            progress.tell(f"export_cams: {len(items)} CAMs of {split}")
         here.publish({"cams": "data/cams"})
         about = {"precision": here.precision, **figures}
         here.report(lambda here: atomic.write_json(here.reports / "metrics.json", about))

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from isim import metrics, stage
 from isim.data import files, label_sets, prepared
 from isim.data.prepared import Item, Prepared
@@ -22,7 +20,7 @@ from isim.passes import counts, masks
 from isim.passes.journal import Line
 from isim.passes.masks import Writer
 from isim.passes.photographs import BySegmenter, ByTags
-from isim.runtime import atomic
+from isim.runtime import atomic, progress
 from isim.stage import Stage
 
 Kinds = dict[str, list[Item]]
@@ -136,7 +134,7 @@ def _report(about: Mapping[str, Any], here: Stage) -> None:
     found = {name: row["miou"] for name, row in about["splits"].items() if "miou" in row}
     here.tracked.headline({f"{name}_mask_miou": value for name, value in found.items()})
     mious = "".join(f", mIoU on {name} {100 * value:.2f}" for name, value in found.items())
-    tqdm.write(
+    progress.tell(
         f"masks: {about['images']} label maps ({about['label_set']} of {about['labels']}, "
         f"{about['cam']} by their tags, {about['segmenter']} by the segmenter), "
         f"{about['parts_before']} parts, {about['parts_after']} after cleaning{mious}"

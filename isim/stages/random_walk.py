@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from isim import metrics, stage
 from isim.data import files, prepared
 from isim.data.prepared import Item
@@ -21,7 +19,7 @@ from isim.passes import counts, features, walks
 from isim.passes.counts import Confusions
 from isim.passes.each import Passed
 from isim.passes.walks import Stored
-from isim.runtime import atomic, devices
+from isim.runtime import atomic, devices, progress
 from isim.stage import Stage
 
 CAPTIONS = {"walk": "random walk", "walk_crf": "walk + dCRF"}
@@ -106,7 +104,7 @@ def _tell(here: Stage, part: str, figures: Mapping[str, float]) -> None:
         for name, value in figures.items()
         if name.endswith("_miou")
     )
-    tqdm.write(f"random_walk: {figures['images']} label maps of {part}, {', '.join(mious)}")
+    progress.tell(f"random_walk: {figures['images']} label maps of {part}, {', '.join(mious)}")
 
 
 def _report(

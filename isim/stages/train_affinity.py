@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from isim import stage
 from isim.data import files, prepared
 from isim.data.prepared import Item
@@ -16,7 +14,7 @@ from isim.models import affinity, common, encoder
 from isim.params import TrainAffinity
 from isim.passes import affinity_labels
 from isim.reporting import plots
-from isim.runtime import atomic, devices
+from isim.runtime import atomic, devices, progress
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
 from isim.training import batches, loop
@@ -53,7 +51,7 @@ def run(params: TrainAffinity, root: Path) -> None:
         devices.place(network, here.device)
         figures = affinity_labels.make(here, items, cams, params, num_labels=len(data.classes) + 1)
         here.tracked.metrics(figures)
-        tqdm.write(
+        progress.tell(
             f"train_affinity: {100 * figures['sure_share']:.1f} % of the pixels are labelled, "
             f"{100 * figures['sure_accuracy']:.1f} % of them right"
         )
@@ -83,7 +81,7 @@ def _skip(params: TrainAffinity, root: Path) -> None:
         atomic.make_directory(here.resume / "labels")
         here.publish({"models": "models/train_affinity", "labels": "data/affinity_labels"})
         here.report(partial(_report_skipped, why))
-    tqdm.write(f"train_affinity: skipped, as {why}")
+    progress.tell(f"train_affinity: skipped, as {why}")
 
 
 def _report_skipped(why: str, here: Stage) -> None:

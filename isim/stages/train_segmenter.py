@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from isim import metrics, stage
 from isim.data import label_sets, prepared
 from isim.data.prepared import Item, Prepared
@@ -20,7 +18,7 @@ from isim.passes import counts, features, predictions, seeds
 from isim.passes.features import Features
 from isim.passes.predictions import Predicted
 from isim.reporting import plots
-from isim.runtime import atomic, devices
+from isim.runtime import atomic, devices, progress
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
 from isim.training import batches, heads, loop
@@ -146,7 +144,7 @@ def _tested(params: TrainSegmenter, data: Prepared) -> dict[str, tuple[Item, ...
     splits = list(params.eval_splits)
     if "test" in splits and "test" not in data.splits:
         splits.remove("test")
-        tqdm.write("train_segmenter: no images of split 'test' in the prepared data; left out")
+        progress.tell("train_segmenter: no images of split 'test' in the prepared data; left out")
     return {split: data.split(split, labelled=False) for split in splits}
 
 
@@ -169,7 +167,7 @@ def _predicted(
         found |= new
         for part, result in new.items():
             here.log(part, result.row())
-            tqdm.write(f"{name} on {part}: {result}")
+            progress.tell(f"{name} on {part}: {result}")
     return found
 
 

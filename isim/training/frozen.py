@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from isim import metrics
 from isim.data.prepared import Item
@@ -25,6 +24,7 @@ from isim.models import cam, common, frozen
 from isim.models.cam import CamConfig
 from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
+from isim.runtime import progress
 from isim.runtime.here import Here
 from isim.training import heads
 from isim.training.heads import Patches
@@ -68,7 +68,7 @@ class FrozenRounds:
         threshold = self.here.once("threshold", self._threshold)["threshold"]
         measured = self.here.once("walked", lambda: {"miou": self.measure(self.config, threshold)})
         self.mious.append({"epoch": 1, "cam_miou": measured["miou"]})
-        tqdm.write(
+        progress.tell(
             f"{self.here.name}: CAMs walked ({given.affinity}), threshold {threshold:.2f}, "
             f"mIoU {100 * measured['miou']:.2f}"
         )
@@ -94,7 +94,7 @@ class FrozenRounds:
         self.config = heads.load(self.here, self.network, path, cam.load)
         self.epochs.append({"epoch": len(self.epochs) + 1, **row})
         losses = {k: round(v, 4) for k, v in row.items() if k.endswith("loss")}
-        tqdm.write(f"{self.here.name}: {word} trained, {losses}")
+        progress.tell(f"{self.here.name}: {word} trained, {losses}")
 
     def _classifier(self) -> Row:
         given = self.params.frozen
@@ -140,7 +140,7 @@ class FrozenRounds:
         scores = self.regenerate(self.config, name(number), threshold, refined)
         row = {"round": number, "epoch": len(self.epochs), **scores.row()}
         what = "after dCRF" if refined else "without dCRF"
-        tqdm.write(
+        progress.tell(
             f"{name(number)}: CAM mIoU {100 * row['cam_miou']:.2f}, pseudo-label mIoU "
             f"{100 * row['pseudo_label_miou']:.2f} ({what}), {row['images_per_second']:.1f} "
             "images/s"

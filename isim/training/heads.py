@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from isim.data.files import image_size, read_label_of
 from isim.data.prepared import Item
@@ -19,7 +18,7 @@ from isim.labels.seeds import seeds
 from isim.metrics import IGNORE
 from isim.models.frozen import FrozenNetwork
 from isim.params import Head
-from isim.runtime import devices, helpers, processes
+from isim.runtime import devices, helpers, processes, progress
 from isim.runtime.here import Here
 
 Config = TypeVar("Config")
@@ -60,7 +59,8 @@ class Patches:
         no room for: neighbours are so alike that a training has no use for all of many.
         """
         draws, held, places = np.random.default_rng(0), [], []
-        for number, (height, width) in enumerate(self.sizes):
+        grids = progress.track(self.sizes, "patches")
+        for number, (height, width) in enumerate(grids):
             count = height * width
             chosen = np.arange(count)
             if self._share < 1:
@@ -80,7 +80,7 @@ class Patches:
         All are float32.
         """
         images, squares, count = [], 0.0, 0
-        for number in range(len(self.items)):
+        for number in progress.track(range(len(self.items)), "means of the features"):
             patches = self._patches(number).astype(np.float32)
             images.append(patches.mean(0, dtype=np.float64))
             squares = squares + (patches**2).sum(0, dtype=np.float64)
@@ -128,7 +128,7 @@ def train_classifier(
     standard = network.standardise(pooled)
     optimizer = torch.optim.AdamW(network.classifier.parameters(), lr=rate)
     loss = torch.zeros(())
-    for _ in range(steps):
+    for _ in progress.track(range(steps), "classifier", unit="step"):
         if pooling == "gap":
             loss = F.multilabel_soft_margin_loss(network.class_scores(standard), labels)
         else:
@@ -185,7 +185,7 @@ def train_head(
         head.parameters(), lr=params.rate, weight_decay=params.weight_decay
     )
     losses: list[Tensor] = []
-    for step in tqdm(range(params.steps), here.name, disable=None, leave=False):
+    for step in progress.track(range(params.steps), "head", unit="step"):
         rows = known[torch.randint(len(known), (params.batch,), device=known.device)]
         rate = min(1, (step + 1) / RISE) * (1 - step / params.steps)
         optimizer.param_groups[0]["lr"] = params.rate * rate
@@ -216,7 +216,8 @@ def label_grids(
         given = path(item.id), image_size(item.image), len(item.known_label) + 1
         return seeds.reduced(read_label_of(*given, ignored=True), size, share)
 
-    return list(helpers.in_threads(read, zip(items, sizes, strict=True)))
+    labels = helpers.in_threads(read, zip(items, sizes, strict=True))
+    return list(progress.track(labels, "labels of the patches", len(items)))
 
 
 def load(

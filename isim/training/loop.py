@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from isim.models import norm
-from isim.runtime import checkpoint, devices, memory, processes
+from isim.runtime import checkpoint, devices, memory, processes, progress
 from isim.runtime.here import Here
 from isim.training import optimizer as optimizers
 from isim.training.batches import CropBatches
@@ -41,21 +40,24 @@ def epochs(
     norm.synchronise(network)
     given = step.schedule
     optimizer = optimizers.sgd(given.groups, given.momentum, given.weight_decay)
-    progress = checkpoint.restore(here.resume, network, optimizer)
-    rows: list[Row] = progress["epochs"]
+    state = checkpoint.restore(here.resume, network, optimizer)
+    rows: list[Row] = state["epochs"]
     if rows:
-        tqdm.write(f"{here.name}: continues after epoch {len(rows)}")
+        progress.tell(f"{here.name}: continues after epoch {len(rows)}")
     count = crops.params.epochs
-    with memory.keep_freed_memory():
+    known = len(rows)
+    training = progress.task("training", count, "epoch", before=known)
+    with memory.keep_freed_memory(), training as trained:
         for epoch in range(1, count + 1):
             if epoch > len(rows):
                 row = train_epoch(here, network, crops, step, optimizer=optimizer, epoch=epoch)
                 row = {"epoch": epoch, **row, **(also() if also else {})}
                 # Clocks differ: the first process's counts.
                 rows.append(processes.broadcast(row))
-                checkpoint.save_state(here.resume, network, optimizer, progress)
-                tqdm.write(f"epoch {epoch}/{count}: {step.tell(rows[-1])}")
+                checkpoint.save_state(here.resume, network, optimizer, state)
+                progress.tell(f"epoch {epoch}/{count}: {step.tell(rows[-1])}")
             yield rows[:epoch]
+            trained.add(int(epoch > known))
 
 
 def train_epoch(
@@ -77,8 +79,8 @@ def train_epoch(
     network.train()
     step.begin(epoch)
     meter = Meter(here.device, epoch, crops.steps, step.schedule)
-    title, horizon = f"epoch {epoch}/{crops.params.epochs}", crops.steps * step.schedule.horizon
-    batches = tqdm(crops.epoch(epoch), title, crops.steps, disable=None, leave=False)
+    horizon = crops.steps * step.schedule.horizon
+    batches = progress.track(crops.epoch(epoch), f"epoch {epoch}", crops.steps, "step")
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         for place, batch in enumerate(meter.watch(batches), (epoch - 1) * crops.steps):

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from isim.models import cam, common
 from isim.params import Converged, TrainCam
+from isim.runtime import progress
 from isim.runtime.here import Here
 from isim.training.loop import Row
 
@@ -121,7 +120,7 @@ class Rounds:
         common.save(path, self.network, self.config)
         scores = self.regenerate(self._labelling(), name=name(number))
         row = {"round": number, "epoch": epoch, **scores.row()}
-        tqdm.write(
+        progress.tell(
             f"{name(number)} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
             f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
             f"{row['images_per_second']:.1f} images/s"
@@ -131,7 +130,7 @@ class Rounds:
 
     def _measure(self, epoch: int) -> Row:
         miou = self.measure(self._labelling())
-        tqdm.write(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
+        progress.tell(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
         return {"epoch": epoch, "cam_miou": miou}
 
     def _labelling(self) -> cam.CamConfig:

@@ -3,12 +3,9 @@
 import json
 import logging
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +15,7 @@ from isim.data import files, label_sets, prepared
 from isim.data.formats import listing
 from isim.errors import UserError
 from isim.params import label_set_path
-
-A = TypeVar("A")
-# Seconds between two lines about the progress.
-EVERY = 10.0
+from isim.runtime import progress
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +54,7 @@ class LabelledSet:
 
     def told(self, what: str, entries: Sequence[Labelled] | None = None) -> Iterator[Labelled]:
         """Yield the entries, or some of them, telling how far it is."""
-        yield from told(self.entries if entries is None else entries, what)
+        yield from progress.track(self.entries if entries is None else entries, what)
 
     def splits(self) -> dict[str, list[Labelled]]:
         """Group the entries by split; all are `train` where there are none."""
@@ -79,18 +73,6 @@ class LabelledSet:
             twice = next(name for name in flat.values() if [*flat.values()].count(name) > 1)
             raise UserError(f"two images would both be named {twice}; rename one of them")
         return flat
-
-
-def told(values: Sequence[A], what: str) -> Iterator[A]:
-    """Yield values; on stderr a line every ten seconds tells how many of how many."""
-    start = last = time.monotonic()
-    for number, value in enumerate(values):
-        now = time.monotonic()
-        if now - last >= EVERY:
-            left = (now - start) / number * (len(values) - number)
-            print(f"{what}: {number} of {len(values)}, {left:.0f} s left", file=sys.stderr)
-            last = now
-        yield value
 
 
 def put_image(entry: Labelled, path: Path, *, copy: bool) -> None:

@@ -13,9 +13,9 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from isim.errors import UserError
+from isim.runtime import progress
 from isim.runtime.identity import md5
 
 
@@ -88,9 +88,14 @@ def fetch(url: str, path: Path) -> None:
 def _save(reply: HTTPResponse, part: Path, start: int) -> None:
     length = reply.headers.get("Content-Length")
     total = start + int(length) if length else None
-    bar = {"desc": part.stem, "initial": start, "total": total, "disable": None}
-    with part.open("ab" if start else "wb") as stream, tqdm.wrapattr(reply, "read", **bar) as data:
-        shutil.copyfileobj(data, stream, 1 << 20)
+    size = None if total is None else total / 1e6
+    with (
+        part.open("ab" if start else "wb") as stream,
+        progress.task(f"download of {part.stem}", size, "MB", before=start / 1e6) as loaded,
+    ):
+        while chunk := reply.read(1 << 20):
+            stream.write(chunk)
+            loaded.add(len(chunk) / 1e6)
         done = stream.tell()
     # A lost connection looks like the end of the file.
     if total is not None and done < total:
@@ -126,7 +131,7 @@ def extract(archive: Path, folder: str, destination: Path) -> None:
                 # What could leave the folder is refused below; the filter, which Python has since
                 # 3.11.4, also tames permissions.
                 tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
-                for member in tqdm(tar, desc=f"extract {archive.name}", disable=None):
+                for member in progress.track(tar, f"extract {archive.name}", unit="file"):
                     path = PurePosixPath(member.name)
                     below = path.is_relative_to(folder)
                     links = below and not (member.isfile() or member.isdir())

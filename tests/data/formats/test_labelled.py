@@ -64,11 +64,3 @@ def test_a_label_map_of_another_size_is_told(tmp_path):
     (entry,) = labelled.collect("out", tmp_path / "images", tmp_path).entries
     with pytest.raises(UserError, match=r"5x4 pixels.*6x4"):
         entry.label()
-
-
-def test_a_line_every_ten_seconds_tells_how_far_it_is(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(labelled.time, "monotonic", lambda: next(clock))
-    assert list(labelled.told([1, 2, 3, 4, 5], "coco")) == [1, 2, 3, 4, 5]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["coco: 1 of 5, 48 s left", "coco: 3 of 5, 16 s left"]

@@ -1,0 +1,1 @@
+"""Projects of one's own: what `isim init` writes, how long it will take, what keeps it together."""

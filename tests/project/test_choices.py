@@ -1,0 +1,155 @@
+"""What a new project's parameters become, by the data, the machine and the wishes."""
+
+import pytest
+from PIL import Image
+from support.photos import put
+
+from isim.errors import UserError
+from isim.experiments import overlay, preset
+from isim.params import validate
+from isim.project import choices
+from isim.project.choices import Wishes
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("ISIM_DEVICE", "cpu")
+    monkeypatch.setenv("ISIM_SHARED", str(tmp_path / "shared"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders of 12 generated photographs, without and with masks."""
+    base = tmp_path_factory.mktemp("photos")
+    return {masks: put(base / f"masks_{masks}", 12, masks=masks) for masks in (False, True)}
+
+
+def make(tmp_path, images, **wishes):
+    return choices.make(Wishes(images, **wishes), tmp_path / "project")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_everything_that_was_chosen_stands_in_the_parameters(masks, photos, tmp_path):
+    made = make(tmp_path, photos[masks])
+    plain = overlay.plain(made.yaml)
+    assert validate(plain, "made") == made.params
+    for choice in made.choices:
+        value = plain
+        for part in choice.name.split("."):
+            value = value[part]
+        assert value == choice.value and choice.why
+    sets = ["last_round", "ground_truth"] if masks else ["last_round"]
+    assert [entry.name for entry in made.params.label_sets] == sets
+    assert made.params.prepare.root == str(photos[masks])
+    # The comments of all parameters.
+    assert made.yaml.count("# ") > 80
+    text = "\n".join(made.lines())
+    assert "12 images" in text and f"{12 * masks} masks" in text and "badger" in text
+
+
+def test_without_images_held_out_no_stage_asks_for_them(photos, tmp_path, monkeypatch):
+    look = choices.look
+
+    def without_val(*given):
+        source = look(*given)
+        source.splits["train"] += source.splits.pop("val")
+        return source
+
+    monkeypatch.setattr(choices, "look", without_val)
+    params = make(tmp_path, photos[False]).params
+    assert params.train_cam.eval_split == "none"
+    assert params.export_cams.splits == params.train_segmenter.eval_splits == ("train",)
+
+
+def test_images_of_unknown_tags_are_predicted_alone(photos, tmp_path, monkeypatch):
+    look = choices.look
+
+    def with_unlabelled(*given):
+        source = look(*given)
+        source.splits["unlabelled"] = source.splits["val"][:1]
+        return source
+
+    monkeypatch.setattr(choices, "look", with_unlabelled)
+    params = make(tmp_path, photos[False]).params
+    assert params.train_segmenter.eval_splits == ("val", "unlabelled")
+    assert params.export_cams.splits == ("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "side"),
+    [
+        ("cpu", 96, 256),
+        ("cpu", 400, 416),
+        ("cpu", 3000, 512),
+        ("cuda", 3000, 768),
+        ("cuda", 700, 704),
+    ],
+)
+def test_the_side_is_the_measured_one_or_that_of_smaller_images(device, size, side):
+    found, why = choices._side([(size // 2, size), (20, 20), (size, size // 2)], device)
+    assert found == side and why
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "expected"),
+    [(2, 256, 256), (14, 256, 512), (100, 256, 4096), (14, 512, 2048), (562, 512, 4096)],
+)
+def test_a_batch_holds_a_part_of_the_patches(images, side, expected):
+    params = preset.parameters("own-images")
+    sides = params.train_cam.features.model_copy(update={"sides": (side,)})
+    sections = ("train_cam", "train_segmenter")
+    update = {n: getattr(params, n).model_copy(update={"features": sides}) for n in sections}
+    found = choices._batches(params.model_copy(update=update), images)
+    assert {choice.value for choice in found} == ({expected} if expected < 4096 else set())
+
+
+def test_weights_are_a_file_that_is_there_else_timm_s(photos, tmp_path):
+    path = tmp_path / "shared/weights/tf_efficientnet_lite2.in1k.safetensors"
+    made = make(tmp_path, photos[False])
+    assert made.params.train_cam.weights == made.params.train_segmenter.weights == "imagenet"
+    assert "without a network" in "\n".join(made.lines())
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert make(tmp_path, photos[False]).params.train_cam.weights == str(path)
+    own = make(tmp_path, photos[False], weights=str(path), encoder="test_resnet").params
+    assert (own.train_segmenter.encoder, own.train_cam.weights) == ("test_resnet", str(path))
+    assert make(tmp_path, photos[False], weights="none").params.train_cam.weights == "none"
+
+
+def test_settings_come_last_and_the_preset_first(photos, tmp_path):
+    settings = ["train_cam.frozen.rounds=1", "export_cams.splits=[train]", "label_sets=[]"]
+    params = make(tmp_path, photos[False], settings=settings).params
+    assert params.train_cam.frozen.rounds == 1 and params.export_cams.splits == ("train",)
+    assert params.label_sets == ()
+    tiny = make(tmp_path, photos[False], preset="tiny").params
+    assert tiny.train_cam.method == "deeplabcam" and tiny.prepare.source == "folder"
+    # Without images the data are the preset's.
+    assert make(tmp_path, None, preset="tiny").params.prepare.source == "shapes"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ({"images": "nowhere"}, "--images: .*nowhere does not exist"),
+        ({"labels": "nowhere.csv"}, "--labels: .*nowhere.csv does not exist"),
+        ({"weights": "nowhere.safetensors"}, "--weights: no file"),
+        ({"settings": ["train_cam.seed"]}, "NAME=VALUE"),
+        ({"settings": ["train_cam.sead=1"]}, "sead.*did you mean seed"),
+        ({"settings": ["train_cam.seed=[1"]}, "NAME=VALUE"),
+        ({"preset": "tony"}, "unknown preset tony"),
+    ],
+)
+def test_wrong_wishes_are_one_line(wishes, expected, photos, tmp_path):
+    paths = {k: tmp_path / v if k in ("images", "labels") else v for k, v in wishes.items()}
+    with pytest.raises(UserError, match=expected) as error:
+        make(tmp_path, **{"images": photos[False], **paths})
+    assert "\n" not in str(error.value)
+
+
+def test_faults_of_the_lists_are_told_and_left_to_prepare(tmp_path):
+    photos = put(tmp_path / "photos", 12)
+    (photos / "images/photo_03.jpg").unlink()
+    Image.new("RGB", (8, 8)).save(photos / "images/photo_02.jpg")
+    lines = make(tmp_path, photos).lines()
+    assert "photo_03.jpg" in lines[1] and "1 problem" in lines[1] and "dvc repro" in lines[1]
+    assert "8x8 to 96x96 pixels" in lines[0]
