@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="score every k-th image")
     options = parser.parse_args()
     section = params.load(Path("params.yaml")).evaluate
+    told = section.threshold
+    threshold = files.read_threshold(Path("data/cams")) if told == "auto" else params.chosen(told)
     data = prepared.load(Path.cwd())
     items = [item for item in data.split(options.split) if item.mask][:: options.every]
     num_labels = len(data.classes) + 1
@@ -35,7 +37,7 @@ def main() -> None:
     def finish(item: Item) -> dict[str, Any]:
         ids, path = item.class_ids, Path("data/cams") / options.split / f"{item.id}.npz"
         planes, size = files.read_cam_of(path, item.image, ids)
-        seed = seeds.seed(seeds.grow(planes, size), ids, section.threshold)
+        seed = seeds.seed(seeds.grow(planes, size), ids, threshold)
         image, labels = files.read_image(item.image), {}
         for steps in STEPS:
             settings = section.crf.model_copy(update={"steps": steps})
@@ -43,7 +45,7 @@ def main() -> None:
         return counts.scored(item, labels, num_labels)
 
     lines = each.image(Here(Path()), items, finish, name=None).lines
-    print(f"{len(items)} images of {options.split}, threshold {section.threshold}")
+    print(f"{len(items)} images of {options.split}, threshold {threshold}")
     print("| steps | mIoU | precision | recall |\n|---|---|---|---|")
     for steps in STEPS:
         confusion = counts.total(lines, str(steps), (num_labels, num_labels))

@@ -14,7 +14,7 @@ from pathlib import Path
 from isim.data import prepared
 from isim.models import cam
 from isim.params import TrainCam, load
-from isim.passes import features, pseudo_labels
+from isim.passes import features, pseudo_labels, seeds
 from isim.runtime import devices
 from isim.runtime.here import Here
 
@@ -27,6 +27,9 @@ def score(checkpoint: Path, params: TrainCam) -> dict[str, float]:
         here = Here(Path(folder), params.precision)
         devices.place(network, here.device)
         source = features.ready(here, network, config, items)
+        if params.threshold == "auto":
+            chosen = seeds.choose_threshold(here, source, config, items, params=params)
+            params = params.model_copy(update={"threshold": chosen})
         scores = pseudo_labels.regenerate(
             here, source, config, items, params=params, name=checkpoint.stem
         )
@@ -43,10 +46,10 @@ def main() -> None:
     for checkpoint in parser.parse_args().checkpoints:
         fixed = oracle = score(checkpoint, params)
         threshold = fixed["oracle_threshold"]
-        if threshold != params.threshold:
+        if threshold != fixed["threshold"]:
             oracle = score(checkpoint, params.model_copy(update={"threshold": threshold}))
         cells = [checkpoint.stem]
-        for used, row in ((params.threshold, fixed), (threshold, oracle)):
+        for used, row in ((fixed["threshold"], fixed), (threshold, oracle)):
             mious = (100 * row[name] for name in ("cam_miou", "pseudo_label_miou"))
             cells += [f"{value:.2f}" for value in (used, *mious)]
         print("| " + " | ".join(cells) + " |", flush=True)

@@ -42,7 +42,7 @@ from isim.labels.crf import refine as crf
 from isim.labels.seeds import seeds
 from isim.models import cam
 from isim.models import encoder as encoders
-from isim.params import TrainCam
+from isim.params import TrainCam, chosen
 from isim.passes import cams, counts, each, pseudo_labels
 from isim.runtime import devices, helpers
 from isim.runtime.here import Here
@@ -114,7 +114,7 @@ class Bench:
 
     def seeds(self, planes: Planes) -> Labels:
         """Make the seeds of CAMs."""
-        threshold = self.params.threshold
+        threshold = chosen(self.params.threshold)
         return {i.id: seeds.seed(planes[i.id], i.class_ids, threshold) for i in self.items}
 
     def miou(self, labels: Labels) -> float:
@@ -150,7 +150,7 @@ class Bench:
 
     def _finish(self, item: Item, planes: Planes) -> dict[str, Any]:
         ids = item.class_ids
-        label = seeds.seed(planes[item.id], ids, self.params.threshold)
+        label = seeds.seed(planes[item.id], ids, chosen(self.params.threshold))
         label = crf.refine(files.read_image(item.image), label, ids, self.params.crf)
         return counts.scored_and_written(item, {"": label}, {"": self.folder}, LABELS)
 

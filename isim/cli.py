@@ -203,6 +203,17 @@ def results() -> None:
 
 
 @_command
+def masks_wanted(
+    count: Annotated[int, typer.Argument(min=1, help="How many images.")] = 20,
+    split: Annotated[str | None, typer.Option(help="Of this split alone.")] = None,
+) -> None:
+    """List the images whose masks would tell most, and where to put them."""
+    from isim.reporting import wanted
+
+    typer.echo(wanted.write(Path.cwd(), count, split))
+
+
+@_command
 def tables(
     table: Annotated[
         str | None, typer.Option(help="1 to 12, fig4, fig5 or sec4.1; without it all.")

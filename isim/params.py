@@ -27,6 +27,8 @@ from isim.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# Background plane of CAMs; auto is chosen without masks, see `passes.seeds.choose_threshold`.
+Threshold = Literal["auto"] | Fraction
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
@@ -35,6 +37,13 @@ Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
 Splits = Annotated[tuple[str, ...], Field(min_length=1)]
 Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def chosen(threshold: str | float) -> float:
+    """Return a threshold as a number; a stage has chosen one that was `auto` before."""
+    if isinstance(threshold, str):
+        raise ValueError("the threshold has not been chosen yet")
+    return threshold
 
 
 class Section(BaseModel):
@@ -157,7 +166,7 @@ class FrozenLoop(Section):
     classifier_steps: Positive
     classifier_rate: Rate
     affinity: Literal["none"] | DenseAffinity
-    threshold: Literal["auto"] | Fraction
+    threshold: Threshold
     margin: BelowOne
     rounds: Annotated[int, Field(ge=0, le=20)]
     sure: BelowOne
@@ -263,7 +272,7 @@ class TrainCam(Training):
     optimizer: Optimizer
     scales: Scales
     flip: bool
-    threshold: Fraction
+    threshold: Threshold
     start: str
     decoder_labels: bool
     frozen: FrozenLoop
@@ -328,6 +337,7 @@ class TrainSegmenter(Training):
     scale_max: Scale
     optimizer: Sgd
     threshold: Fraction
+    trust_masks: bool
     head: Head
     features: Features
     test_scales: Scales
@@ -345,7 +355,7 @@ class ExportCams(Section):
     scales: Scales
     flip: bool
     stride: Literal[1, 2, 4, 8]
-    threshold: Fraction
+    threshold: Threshold
     precision: Precision
 
 
@@ -383,7 +393,7 @@ class Masks(Section):
     """Final label map of every image, cleaned (stage masks).
 
     `side` bounds in pixels the longer side that images are worked on at; `least_area` and
-    `fill_holes` are shares of an image. `scales`, `flip` and `threshold` are train_cam's, and
+    `fill_holes` are shares of an image. `scales` and `flip` are train_cam's, and
     `test_scales`, `test_flip` and `segmenter_crf` train_segmenter's.
     """
 
@@ -395,7 +405,6 @@ class Masks(Section):
     fill_holes: BelowOne
     scales: Scales
     flip: bool
-    threshold: Fraction
     test_scales: Scales
     test_flip: bool
     segmenter_crf: Crf
@@ -417,7 +426,7 @@ class Masks(Section):
 class Evaluate(Section):
     """Scores of CAMs, of CAM + dCRF and of every round's snapshot (spec 8)."""
 
-    threshold: Fraction
+    threshold: Threshold
     sweep_start: Fraction
     sweep_stop: Fraction
     sweep_step: Fraction
@@ -425,6 +434,15 @@ class Evaluate(Section):
     pictures: NonNegative
 
     _sweep_is_a_range = _ordered("sweep_start", "sweep_stop")
+
+
+class Report(Section):
+    """Page about the data and the masks; `sheet` images are shown at each of `thresholds`."""
+
+    thumbnail: Annotated[int, Field(ge=64, le=1024)]
+    sheet: NonNegative
+    thresholds: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=9)]
+    covering: Fraction
 
 
 # Label sets and the folders of their maps, but for single rounds.
@@ -475,7 +493,7 @@ SHARED = {
 
 # Values of other sections that `masks` carries, as images are labelled by what was trained.
 OF_MASKS = {
-    **{name: ("train_cam", name) for name in ("scales", "flip", "threshold")},
+    **{name: ("train_cam", name) for name in ("scales", "flip")},
     **{name: ("train_segmenter", name) for name in ("test_scales", "test_flip")},
     "segmenter_crf": ("train_segmenter", "crf"),
 }
@@ -501,6 +519,7 @@ class Params(Section):
     # After the sections whose values it carries.
     masks: Masks
     evaluate: Evaluate
+    report: Report
     label_sets: tuple[LabelSet, ...]
 
     @field_validator(*dict.fromkeys(sum(SHARED.values(), ())), mode="before")

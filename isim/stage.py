@@ -84,13 +84,17 @@ class Stage(Here):
             for write in writes:
                 write(self)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(
+        self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
+    ) -> None:
         """Write rows to the reports as `<name>.csv`, and to MLflow as the table `name`.
 
-        Raises UserError when the file cannot be written.
+        Where there may be no row, `columns` name the file's, and MLflow gets no table. Raises
+        UserError when the file cannot be written.
         """
-        atomic.write_csv(self.reports / f"{name}.csv", rows)
-        self.tracked.table(name, rows)
+        atomic.write_csv(self.reports / f"{name}.csv", rows, () if rows else columns)
+        if rows:
+            self.tracked.table(name, rows)
 
     def show(
         self,

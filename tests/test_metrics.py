@@ -147,3 +147,50 @@ def test_images_without_a_class_do_not_spoil_the_figures():
     empty = metrics.classification_figures(np.zeros((2, 2), np.float32), scores)
     assert np.isnan(empty["sample_average_precision"]) and np.isnan(empty["class_map"])
     assert empty["element_accuracy"] == pytest.approx(0.75)
+
+
+def test_agreement_is_the_mean_iou_of_the_foreground_that_either_has():
+    confusion = np.array([[50, 5, 0], [5, 20, 0], [0, 0, 0]])
+    assert metrics.agreement(confusion) == pytest.approx(20 / 30)
+    assert metrics.agreement(np.diag([9, 0, 0])) == 1, "both have none"
+    assert metrics.agreement(np.array([[9, 1], [0, 0]])) == 0
+
+
+def test_the_interval_of_a_miou_holds_it_and_narrows_with_more_images():
+    random = np.random.default_rng(0)
+
+    def images(count):
+        return [np.array([[80, 10], [random.integers(0, 30), 30]]) for _ in range(count)]
+
+    few, many = images(8), images(200)
+    for found in (few, many):
+        low, high = metrics.miou_interval(found)
+        assert low <= metrics.miou(np.sum(found, 0)) <= high
+        assert metrics.miou_interval(iter(found)) == (low, high), "the seed is fixed"
+    spans = [np.subtract(*metrics.miou_interval(found)) for found in (many, few)]
+    assert spans[0] > 3 * spans[1]
+    # Images that nothing is counted of are none; equal ones leave no doubt.
+    nothing = np.zeros((2, 2), int)
+    assert np.isnan(metrics.miou_interval([few[0], nothing])).all()
+    same = metrics.miou_interval([few[0]] * 3 + [nothing])
+    assert same == pytest.approx([metrics.miou(few[0])] * 2)
+
+
+def test_a_label_that_a_draw_has_no_image_of_is_left_out_of_it():
+    one, other = np.diag([5, 5, 0]), np.diag([5, 0, 5])
+    other[2, 0] = 5
+    low, high = metrics.miou_interval([one, other])
+    assert (low, high) == pytest.approx([metrics.miou(other), 1])
+
+
+def test_the_best_threshold_is_bounded_by_draws_of_images():
+    random = np.random.default_rng(0)
+    # Three thresholds: the second is best for most images, the third for some, the first for none.
+    good, fair, bad = (np.array([[80, a], [a, 30]]) for a in (2, 8, 30))
+    kinds = {"second": [bad, good, fair], "third": [bad, fair, good]}
+    images = [np.stack(kinds["third" if random.random() < 0.2 else "second"]) for _ in range(40)]
+    assert metrics.best_interval(images) == (1, 1)
+    mixed = [np.stack(kinds[name]) for name in ("second", "third", "second", "third")]
+    low, high = metrics.best_interval(mixed)
+    assert (low, high) == (1, 2) and metrics.best_interval(mixed[:1]) is None
+    assert metrics.best_interval([np.zeros((3, 2, 2), int)] * 2) is None

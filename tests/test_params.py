@@ -177,8 +177,8 @@ def test_masks_carry_what_was_trained(tree):
     made = params.validate(tree, "here")
     for name, (section, key) in params.OF_MASKS.items():
         assert getattr(made.masks, name) == getattr(getattr(made, section), key)
-    wrong = tree["masks"] | {"threshold": 0.4}
-    message = "masks: its threshold is train_cam.threshold; remove masks.threshold"
+    wrong = tree["masks"] | {"flip": True}
+    message = "masks: its flip is train_cam.flip; remove masks.flip"
     assert refusal(tree | {"masks": wrong}) == message
     message = refusal(tree | {"masks": tree["masks"] | {"labels": "seeds"}})
     assert message.startswith("masks.labels: 'seeds' is no label set with label maps")

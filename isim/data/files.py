@@ -1,6 +1,7 @@
 """Images, label maps (palette PNG) and CAMs (npz) on disk."""
 
 import contextlib
+import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -293,6 +294,19 @@ def require_cams(folder: Path) -> None:
             f"{folder} does not exist; add {folder.name} to export_cams.splits and run "
             "`isim export-cams`"
         )
+
+
+def read_threshold(folder: Path) -> float:
+    """Read the background plane of the CAMs below `folder`, as `isim export-cams` left it.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = folder / "threshold.json"
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["threshold"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged; run `isim export-cams` again") from error
 
 
 def read_cam(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:

@@ -27,7 +27,7 @@ def sources(name: str, split: str, items: Sequence[Item], root: Path) -> dict[st
         maker = _MAKERS.get(str(label_set_path(name)), "train-cam")
         crf = ", with crf_after: true" if name.endswith("_crf") else ""
         remedy = f"run `isim {maker}` first, for split '{split}'{crf}"
-        folder = _folder(name, split, root / str(label_set_path(name)))
+        folder = folder_of(name, split, root / str(label_set_path(name)))
         if not folder.is_dir():
             raise UserError(f"label set '{name}': {folder} is missing; {remedy}")
         suffix = ".npz" if name == "seeds" else ".png"
@@ -59,7 +59,8 @@ def available(name: str, splits: Mapping[str, Sequence[Item]], root: Path) -> di
     return found
 
 
-def _folder(name: str, split: str, base: Path) -> Path:
+def folder_of(name: str, split: str, base: Path) -> Path:
+    """Name the folder, below a label set's `base`, of a split's label maps or CAMs."""
     # A round is of one split, the others have a folder a split.
     if name.startswith("round_"):
         return base

@@ -65,6 +65,8 @@ class CamConfig(common.Config):
     steps: int = 0
     # Labels come from the decoder, restricted to the image's classes, not from the classifier.
     decoder_labels: bool = False
+    # Background plane that the last round's labels were cut at, given or chosen.
+    threshold: float = 0.3
 
 
 @dataclass(frozen=True)

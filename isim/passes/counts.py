@@ -3,6 +3,8 @@
 A split that lies inside another one, as train in trainaug, is reported apart, too.
 """
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ Labels = Mapping[str, NDArray[np.uint8]]
 Counts = list[tuple[int, int]]
 # Seeds at T ascending thresholds: `best` and `levels` of `metrics.level_confusion`, and T.
 Sweep = tuple[NDArray[np.uint8], NDArray[np.integer[Any]], int]
+
+# Columns of `per_class`, where there may be no rows.
+PER_CLASS = ("source", "class", "iou")
 
 
 def members(splits: Mapping[str, Sequence[Item]]) -> Parts:
@@ -75,25 +80,53 @@ def totals(
     }
 
 
+def interval(
+    prefix: str, lines: Iterable[Mapping[str, Any]], key: str, num_labels: int
+) -> dict[str, float]:
+    """Bound the mIoU of the images that are scored (`metrics.miou_interval`).
+
+    Returns `<prefix>miou_low` and `<prefix>miou_high`; nothing for fewer than two images.
+    """
+    square = (num_labels, num_labels)
+    low, high = metrics.miou_interval(total([line], key, square) for line in lines if line[key])
+    bounds = {"low": low, "high": high} if math.isfinite(low) else {}
+    return {f"{prefix}miou_{name}": value for name, value in bounds.items()}
+
+
+def coverage(lines: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Return the mean share of the images that a label map gives to an object, masks or not."""
+    return statistics.mean(float(line["covered"][name]) for line in lines)
+
+
 def per_class(confusions: Confusions, names: Sequence[str]) -> list[dict[str, Any]]:
-    """List the IoU of each label of each source: rows of `source`, `class` and `iou`."""
+    """List the IoU of each label of each source: rows of `source`, `class` and `iou`.
+
+    A source of which nothing was counted has no rows.
+    """
     return [
         {"source": source, **row}
-        for source, confusion in confusions.items()
+        for source, confusion in counted(confusions).items()
         for row in metrics.iou_table(names, {"iou": confusion})
     ]
 
 
+def counted(confusions: Confusions) -> Confusions:
+    """Choose the confusion matrices that have a pixel: the others have nothing to show."""
+    return {name: confusion for name, confusion in confusions.items() if confusion.any()}
+
+
 def scored(
     item: Item, labels: Labels, num_labels: int, sweep: Sweep | None = None
-) -> dict[str, Counts]:
+) -> dict[str, Any]:
     """Score an image's label maps: the counts of an (L, L) confusion matrix for each name.
 
-    The counts of a sweep, (T, L, L), are named `sweep`. All are empty without a ground truth.
-    Raises UserError when it cannot be read or does not fit.
+    The counts of a sweep, (T, L, L), are named `sweep`. All are empty without a ground truth; what
+    needs none is `covered`: the share of the image that each label map gives to an object. Raises
+    UserError when it cannot be read or does not fit.
     """
+    covered = {name: float((label > 0).mean()) for name, label in labels.items()}
     if item.mask is None:
-        return {name: [] for name in (*labels, "sweep")}
+        return {"covered": covered, **{name: [] for name in (*labels, "sweep")}}
     truth = files.read_truth(item.mask, next(iter(labels.values())).shape, num_labels)
     found = {
         name: metrics.confusion_matrix(truth, label, num_labels) for name, label in labels.items()
@@ -103,12 +136,12 @@ def scored(
         found["sweep"] = metrics.level_confusion(
             truth, best, levels, num_thresholds=count, num_labels=num_labels
         )
-    return {name: sparse(confusion) for name, confusion in found.items()}
+    return {"covered": covered, **{name: sparse(confusion) for name, confusion in found.items()}}
 
 
 def scored_and_written(
     item: Item, labels: Labels, folders: Mapping[str, Path], num_labels: int
-) -> dict[str, Counts]:
+) -> dict[str, Any]:
     """Score an image's label maps as `scored`, then write each to the folder of its name.
 
     Raises UserError as `scored`, and when a write fails.

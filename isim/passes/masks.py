@@ -57,7 +57,7 @@ def by_tags(here: Here, items: Sequence[Item], network: ByTags, write: Writer) -
     """Label images by CAMs of their tags and the dCRF. Raises UserError for unreadable images."""
 
     def answer(item: Item, image: Array) -> Answer:
-        return network(image, item.class_ids, write.params.threshold)
+        return network(image, item.class_ids)
 
     def label(planes: Array, labels: Array, image: Array, size: tuple[int, int]) -> Array:
         found = Answer(planes, labels, image, size, are_probable=False)

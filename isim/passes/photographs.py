@@ -230,9 +230,16 @@ class ByTags:
         return self._planes(image, class_ids)[0]
 
     def __call__(
-        self, image: NDArray[np.uint8], class_ids: NDArray[np.int64], threshold: float
+        self,
+        image: NDArray[np.uint8],
+        class_ids: NDArray[np.int64],
+        threshold: float | None = None,
     ) -> Answer:
-        """Answer for (H, W, 3) uint8 RGB of (K',) classes: what rises above `threshold`."""
+        """Answer for (H, W, 3) uint8 RGB of (K',) classes: what rises above `threshold`.
+
+        It is that of the training if not given.
+        """
+        threshold = self.config.threshold if threshold is None else threshold
         planes, small = self._planes(image, class_ids)
         background = np.full((1, *small.shape[:2]), threshold, np.float32)
         labels = np.concatenate([[0], class_ids]).astype(np.uint8)

@@ -123,10 +123,9 @@ def _network(options: Options, params: Params, root: Path) -> tuple[Answers, tup
         return answers, config.classes
     model, about = cam.load(options.model)
     by_tags = ByTags(here, model, about, side=side, scales=given.scales, flip=given.flip)
-    threshold = options.threshold or given.threshold
 
     def answer(image: NDArray[np.uint8], known: Known) -> Answer:
-        return by_tags(image, np.zeros(0, np.int64) if known is None else known, threshold)
+        return by_tags(image, np.zeros(0, np.int64) if known is None else known, options.threshold)
 
     return answer, about.classes
 

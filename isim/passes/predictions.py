@@ -22,6 +22,7 @@ from isim.params import TrainSegmenter
 from isim.passes import counts, each, stream
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
+from isim.reporting import words
 from isim.runtime import devices
 from isim.runtime.here import Here
 
@@ -31,13 +32,17 @@ class Predicted:
     """Result of a pass over a split, for the split or a part of it.
 
     `confusion` and `refined_confusion` are (L, L) int64 before and after dCRF (None without
-    one), over the `scored` images that have a ground truth; `speed` is that of the whole pass.
+    one), over the `scored` images that have a ground truth; `coverage` is the mean share of all
+    images that is labelled, `bounds` are those of the mIoU (`counts.interval`), `speed` is that of
+    the whole pass.
     """
 
     confusion: NDArray[np.int64]
     refined_confusion: NDArray[np.int64] | None
     images: int
     scored: int
+    coverage: float
+    bounds: Mapping[str, float]
     speed: Mapping[str, float]
 
     def row(self) -> dict[str, float]:
@@ -46,11 +51,13 @@ class Predicted:
         for prefix, confusion in (("", self.confusion), ("crf_", self.refined_confusion)):
             if confusion is not None:
                 row |= metrics.segmentation_figures(prefix, confusion)
-        return {**row, **self.speed}
+        return {**row, **self.bounds, "coverage": self.coverage, **self.speed}
 
     def __str__(self) -> str:
-        """Return the mIoU in words."""
+        """Return the mIoU in words, or what there is without masks."""
         row = self.row()
+        if not self.scored:
+            return words.miou("prediction", row["miou"], self.coverage)
         after = f", after dCRF {100 * row['crf_miou']:.2f}" if "crf_miou" in row else ""
         return f"mIoU {100 * row['miou']:.2f}{after}"
 
@@ -118,10 +125,22 @@ def predict(
     plain = counts.totals(done.lines, "plain", square, parts)
     after = counts.totals(done.lines, "refined", square, parts) if params.crf_after else {}
     masked = {item.id for item in items if item.mask is not None}
-    return {
-        part: Predicted(plain[part], after.get(part), len(ids), len(masked & ids), done.speed)
-        for part, ids in parts.items()
-    }
+    found = {}
+    for part, ids in parts.items():
+        lines = [line for line in done.lines if line["id"] in ids]
+        bounds = counts.interval("", lines, "plain", num_labels)
+        if params.crf_after:
+            bounds |= counts.interval("crf_", lines, "refined", num_labels)
+        found[part] = Predicted(
+            plain[part],
+            after.get(part),
+            images=len(ids),
+            scored=len(masked & ids),
+            coverage=counts.coverage(lines, "plain"),
+            bounds=bounds,
+            speed=done.speed,
+        )
+    return found
 
 
 def _predictor(

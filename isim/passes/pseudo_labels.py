@@ -15,7 +15,7 @@ from isim.data.prepared import Item
 from isim.labels.crf import refine as crf
 from isim.labels.seeds import batched as seeds
 from isim.models.cam import CamConfig, CamNetwork
-from isim.params import TrainCam
+from isim.params import TrainCam, chosen
 from isim.passes import cams, counts, each, stream
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
@@ -32,7 +32,7 @@ class Scores:
 
     The counts are of the images that have a ground truth: (L, L) int64 before and after dCRF, and
     (T, L, L) of the seeds at the thresholds `SWEEP`. `masked_share` is the share of images whose
-    label holds no foreground (paper Eq. 3).
+    label holds no foreground (paper Eq. 3), `coverage` the mean share of them that is labelled.
     """
 
     seed_confusion: NDArray[np.int64]
@@ -40,6 +40,7 @@ class Scores:
     sweep_confusion: NDArray[np.int64]
     threshold: float
     masked_share: float
+    coverage: float
     speed: Mapping[str, float]
 
     def row(self) -> dict[str, float]:
@@ -56,12 +57,16 @@ class Scores:
             "cam_miou_oracle": oracle,
             "oracle_threshold": threshold,
             "pseudo_label_miou": metrics.miou(self.label_confusion),
+            "threshold": self.threshold,
             "masked_share": self.masked_share,
+            "coverage": self.coverage,
             **self.speed,
         }
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Rows of IoUs before and after dCRF, one for the background and each class."""
+        """Rows of IoUs before and after dCRF, one for each label; none without any mask."""
+        if not self.label_confusion.any():
+            return []
         columns = {"cam_iou": self.seed_confusion, "pseudo_label_iou": self.label_confusion}
         return metrics.iou_table(("background", *classes), columns)
 
@@ -85,7 +90,7 @@ def regenerate(
     """
     pictured = {item.id for item in pictures.choose(items, params.pictures)}
     labels, scratch = here.resume / "pseudo_labels" / name, here.resume / name
-    num_labels = len(config.classes) + 1
+    num_labels, threshold = len(config.classes) + 1, chosen(params.threshold)
     make = cams.maker(here, network, config, params)
     on_gpu = refined and stream.refines(here.device)
 
@@ -94,7 +99,7 @@ def regenerate(
         found: list[Tensors] = []
         for item, image, cam in zip(batch, images, make(batch, images), strict=True):
             best, height = seeds.peak(cam, torch.from_numpy(item.class_ids))
-            seed = seeds.cut(best, height, params.threshold)
+            seed = seeds.cut(best, height, threshold)
             maps = torch.stack([seed, best, seeds.levels(height, SWEEP.tolist())])
             kept = cam if item.id in pictured else None
             found.append((maps, image if on_gpu else None, kept))
@@ -131,4 +136,5 @@ def regenerate(
     before, after = (counts.total(done.lines, key, square) for key in ("seed", "label"))
     sweep = counts.total(done.lines, "sweep", (len(SWEEP), *square))
     masked = sum(line["masked"] for line in done.lines) / len(items)
-    return Scores(before, after, sweep, params.threshold, masked, done.speed)
+    coverage = counts.coverage(done.lines, "label")
+    return Scores(before, after, sweep, threshold, masked, coverage, done.speed)

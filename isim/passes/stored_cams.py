@@ -12,7 +12,7 @@ from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.seeds import batched as seeds
 from isim.models.cam import CamConfig, CamNetwork
-from isim.params import ExportCams
+from isim.params import ExportCams, chosen
 from isim.passes import cams, counts, each
 from isim.passes.features import Features
 from isim.passes.stream import Array, Tensors
@@ -36,6 +36,7 @@ def export(
     """
     folder = here.resume / "cams" / split
     num_labels = len(config.classes) + 1
+    threshold = chosen(params.threshold)
     make = cams.maker(here, network, config, params)
 
     def exported(batch: Sequence[Item], images: Tensor) -> list[Tensors]:
@@ -47,7 +48,7 @@ def export(
             grown = _resize(small.half().float(), full.shape[1:], "bilinear")
             ids = torch.from_numpy(item.class_ids)
             peaks = [seeds.peak(planes, ids) for planes in (full, grown)]
-            found.append((small, *(seeds.cut(*peak, params.threshold) for peak in peaks)))
+            found.append((small, *(seeds.cut(*peak, threshold) for peak in peaks)))
         return found
 
     def finish(item: Item, planes: Array, full: Array, stored: Array) -> dict[str, Any]:

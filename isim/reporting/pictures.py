@@ -50,26 +50,25 @@ def strip(item: Item, results: Mapping[str, Path], columns: int | None = None) -
     """Put an image, its ground truth and what was made of it side by side, with captions.
 
     `results` maps captions to CAM files (`.npz`, at any stride; shown is the maximum over the
-    classes) or label maps (`.png`). `columns` is the number of cells a row: all of them, or 2 for
-    a square, as MLflow's thumbnails are. The strip is (H', W', 3) uint8 RGB, of the same size
-    whether or not there is a ground truth.
+    classes) or label maps (`.png`). `columns` is the number of cells a row, 2 for a square, as
+    MLflow's thumbnails are; all of them stand in one where they do not fill the last row. The strip
+    is (H', W', 3) uint8 RGB; there is no panel for a ground truth that there is not.
 
     Raises:
         UserError: A file is missing or unreadable.
     """
     image = files.read_image(item.image)
-    blank = np.full_like(image, 255)
-    truth = _label(item.mask, "ground truth") if item.mask else (blank, LABEL, "no ground truth")
-    cells: list[Cell] = [(image, PHOTO, "image"), truth]
+    cells: list[Cell] = [(image, PHOTO, "image")]
+    if item.mask is not None:
+        cells.append(_label(item.mask, "ground truth"))
     for caption, path in results.items():
         if path.suffix == ".npz":
             cam = files.read_cam(path)[0].max(0, initial=0.0)
             cells.append((overlay(image, cam), PHOTO, caption))
         else:
             cells.append(_label(path, caption))
-    columns = columns or len(cells)
-    # The last row must be as wide as the others.
-    cells += [(blank, PHOTO, "")] * (-len(cells) % columns)
+    if columns is None or len(cells) % columns:
+        columns = len(cells)
     width = min(max(image.shape[1], MIN_CELL), MAX_CELL)
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     return np.concatenate([_row(row, width, CAPTION) for row in rows])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isim.metrics import iou
 from isim.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -21,16 +22,20 @@ def curves(
     """Plot columns of a report table against an integer column (epoch, round).
 
     `columns` maps columns to names in the legend, `label` tells the unit of the vertical axis, and
-    `scale` is a factor on the values: 100 shows fractions in percent. A NaN interrupts its line.
+    `scale` is a factor on the values: 100 shows fractions in percent. A NaN interrupts its line;
+    a column of NaN alone is left out, and nothing is drawn where no column is left.
 
     Raises:
         UserError: The folder cannot be written or the disk is full.
     """
     from matplotlib.ticker import MaxNLocator
 
+    found = {name: [scale * float(row[column]) for row in rows] for column, name in columns.items()}
+    found = {name: values for name, values in found.items() if np.isfinite(values).any()}
+    if not found:
+        return
     figure, axes = _axes(6.4, 4.0)
-    for column, name in columns.items():
-        values = [scale * float(row[column]) for row in rows]
+    for name, values in found.items():
         axes.plot([row[x] for row in rows], values, marker="o", markersize=4, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(label)
@@ -38,6 +43,16 @@ def curves(
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def class_ious(classes: Sequence[str], confusions: Mapping[str, np.ndarray], path: Path) -> None:
+    """Plot the IoU of each class of each confusion matrix (L, L); nothing where there is none.
+
+    Errors are those of `curves`.
+    """
+    if confusions:
+        ious = {name: iou(confusion).tolist() for name, confusion in confusions.items()}
+        class_bars(classes, ious, "IoU", path)
 
 
 def class_bars(
@@ -71,9 +86,11 @@ def class_bars(
 def confusion_heatmap(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Plot a confusion matrix, each row (a true class) in percent of its pixels.
 
-    `confusion` has (L, L) int64 pixel counts, predictions in its columns. Errors are those of
-    `curves`.
+    `confusion` has (L, L) int64 pixel counts, predictions in its columns; nothing is drawn where
+    all are 0. Errors are those of `curves`.
     """
+    if not confusion.any():
+        return
     totals = confusion.sum(1, keepdims=True)
     percent = 100 * confusion / np.maximum(totals, 1)
     side = 2.4 + 0.36 * len(classes)

@@ -1,16 +1,19 @@
-"""Result table that `isim results` prints from the reports."""
+"""Result tables that `isim results` prints, and the page shows, from the reports that there are."""
 
 import csv
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from isim.errors import UserError
 from isim.params import load
+from isim.reporting import words
 
 LINKS = """Where to look next
+  reports/index.html        every image with its mask, the worst first; open it in a browser
   reports/                  every figure: metrics.json, CSV tables, pictures
+  data/masks/               the final label map of every image
   data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
   data/random_walk/         the label maps of the random walk
   data/predictions/         what the segmenters make of the images
@@ -19,86 +22,178 @@ LINKS = """Where to look next
   isim preset --list        other data sets and methods; then `dvc repro`"""
 
 
+class Table(NamedTuple):
+    """Table: its head is the first row, the first `words` columns are words, the others figures.
+
+    `mious` are the columns that need masks.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, ...]]
+    mious: tuple[int, ...]
+    words: int = 1
+    note: str = ""
+
+
 def table(root: Path) -> str:
-    """Write the mIoU of every round, of the final network and the segmenters in percent, as text.
+    """Write what the stages have reported so far, as text: in percent, or in words without masks.
 
     Raises:
-        UserError: A report below `root` is missing or not what the stages write. The walk and the
-            segmenters that have none yet are left out.
+        UserError: There is no report below `root`, or one is not what the stages write.
     """
+    parts = [_aligned(found) for found in tables(root)]
+    if said := judged(root):
+        parts.append("\n".join(["How far to trust the masks", *(f"  {line}" for line in said)]))
+    if not parts:
+        raise UserError(f"{root / 'reports'} holds no results yet; run `dvc repro` first")
+    return "\n\n".join((*parts, LINKS))
+
+
+def tables(root: Path) -> list[Table]:
+    """List the tables of mIoUs; one that would hold none is left out. Errors as of `table`."""
     rounds = root / "reports/train_cam/rounds.csv"
     final, walk = (root / f"reports/{name}/metrics.json" for name in ("evaluate", "random_walk"))
     # Not the folders that are there: those of a label set that was taken from the list stay.
     names = [labels.name for labels in load(root / "params.yaml").label_sets]
     segmenters = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
+    makers: list[tuple[Path, Callable[[Path], Table]]] = [
+        (rounds, _rounds),
+        (final, _final),
+        (walk, _walks),
+    ]
+    found = [_read(path, make) for path, make in makers if path.exists()]
+    if trained := [path for path in segmenters if path.exists()]:
+        every = [_read(path, _segmenter) for path in trained]
+        rows = [every[0].rows[0], *(row for one in every for row in one.rows[1:])]
+        found.append(every[0]._replace(rows=rows))
+    return [_without_blanks(one) for one in found if _tells(one)]
+
+
+def judged(root: Path) -> list[str]:
+    """Say how far to trust the masks where none can be compared; errors as of `table`."""
+    cam, page = (root / f"reports/{name}/metrics.json" for name in ("train_cam", "report"))
+    said: list[str] = []
+    for path, make in ((cam, _learnt), (page, _seen)):
+        if path.exists():
+            said += _read(path, make)
+    return said
+
+
+def _learnt(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    for split in ("val", "train"):
+        if (found := report.get(f"{split}_class_map")) is not None:
+            return [f"{words.tags_learnt(found)} on {split}"]
+    return []
+
+
+def _seen(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    said = []
+    if "agreement" in report:
+        first, _, second = report["compared"].partition(" and ")
+        said.append(words.agree(first, second, report["agreement"]))
+    if "stable" in report:
+        said.append(f"seeds are stable to {report['stable']:.2f} (IoU around the threshold)")
+    if "coverage" in report:
+        said += [
+            f"masks cover {100 * report['coverage']:.0f} % of the pixels",
+            f"an image's mask has {report['parts_median']:g} parts (median)",
+            f"{report['empty']} of {report['with_mask']} masks are empty in spite of tags, "
+            f"{report['covering']} cover everything",
+        ]
+    if report["scored_images"]:
+        bounds = words.interval(report)
+        text = f"mIoU of the masks {100 * report['miou']:.1f} % on {report['scored_images']} images"
+        said.append(f"{text}, 95 % interval {bounds}" if bounds else text)
+    return said
+
+
+def _read(path: Path, make: Callable[[Path], Any]) -> Any:  # noqa: ANN401 - what `make` makes
     try:
-        parts = [_rounds(rounds), _final(final)]
-        # The stages of the CAMs alone make results, too.
-        parts += [_walks(walk)] if walk.exists() else []
-        trained = [path for path in segmenters if path.exists()]
-        parts += [_segmenters(trained)] if trained else []
+        return make(path)
     except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename}: {error.strerror}; run `dvc repro` first"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; run `dvc repro` again") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{rounds}, {walk}, {final} or a metrics.json of reports/train_segmenter is damaged "
-            f"({error}); run `dvc repro` again"
-        ) from error
-    return "\n\n".join((*parts, LINKS))
+        raise UserError(f"{path} is damaged ({error}); run `dvc repro` again") from error
 
 
-def _rounds(path: Path) -> str:
-    rows = [("round", "epoch", "CAM", "pseudo-label", "seconds")]
+def _rounds(path: Path) -> Table:
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            mious = _percent(row["cam_miou"]), _percent(row["pseudo_label_miou"])
-            rows.append((row["round"], row["epoch"], *mious, f"{float(row['seconds']):.1f}"))
-    return _aligned("mIoU on the training images, % (-: no masks to compare with)", rows, words=0)
+        found = list(csv.DictReader(file))
+    scored = [name for name in ("cam_miou", "pseudo_label_miou") if any(_known(found, name))]
+    shares = [*scored, *(["coverage"] if any(_known(found, "coverage")) else [])]
+    names = {"cam_miou": "CAM", "pseudo_label_miou": "pseudo-label", "coverage": "covers"}
+    rows = [("round", "epoch", *(names[name] for name in shares), "seconds")]
+    for row in found:
+        cells = (_percent(row[name]) for name in shares)
+        rows.append((row["round"], row["epoch"], *cells, f"{float(row['seconds']):.1f}"))
+    title = "mIoU on the training images, % (covers: labelled pixels, %)"
+    if not scored:
+        title = "Rounds on the training images (covers: labelled pixels, %)"
+    return Table(title, rows, tuple(range(2, 2 + len(shares))), 0)
 
 
-def _final(path: Path) -> str:
-    rows = [("split", "CAM", "CAM, best threshold", "CAM + CRF")]
+def _known(rows: Sequence[Mapping[str, str]], name: str) -> list[bool]:
+    """Tell of each row whether it has a figure."""
+    return [row.get(name) not in (None, "", "nan") for row in rows]
+
+
+def _final(path: Path) -> Table:
+    rows = [("split", "CAM", "CAM, best threshold", "CAM + CRF", "95 % interval")]
     for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
         if not split.startswith("round_"):
             mious = (figures[name] for name in ("cam_miou", "cam_miou_oracle", "cam_crf_miou"))
-            rows.append((split, *map(_percent, mious)))
+            rows.append((split, *map(_percent, mious), _interval(figures, "cam_crf_miou")))
     note = "(the best threshold is chosen on the masks: an upper bound, not a result)"
-    return f"{_aligned('mIoU of the final network, %', rows)}\n{note}"
+    return Table("mIoU of the final network, %", rows, (1, 2, 3), note=note)
 
 
-def _walks(path: Path) -> str:
+def _walks(path: Path) -> Table:
     rows = [("split", "walk", "walk + CRF")]
     for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
         if isinstance(figures, dict):
             # Without the dCRF there is no second figure.
             mious = figures["walk_miou"], figures.get("walk_crf_miou")
             rows.append((split, *map(_percent, mious)))
-    return _aligned("mIoU of the random walk, %", rows)
+    return Table("mIoU of the random walk, %", rows, (1, 2))
 
 
-def _segmenters(paths: Sequence[Path]) -> str:
-    rows = [("trained on", "split", "mIoU", "after CRF")]
-    for path in paths:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        for split, figures in report["splits"].items():
-            mious = figures["miou"], figures.get("crf_miou")
-            rows.append((report["label_set"], split, *map(_percent, mious)))
-    return _aligned("mIoU of the segmenters, %", rows, words=2)
+def _segmenter(path: Path) -> Table:
+    rows = [("trained on", "split", "mIoU", "95 % interval", "after CRF")]
+    report = json.loads(path.read_text(encoding="utf-8"))
+    for split, figures in report["splits"].items():
+        miou, refined = figures["miou"], figures.get("crf_miou")
+        cells = _percent(miou), _interval(figures, "miou"), _percent(refined)
+        rows.append((report["label_set"], split, *cells))
+    return Table("mIoU of the segmenters, %", rows, (2, 4), 2)
+
+
+def _tells(found: Table) -> bool:
+    """Tell whether any row has one of the figures that the table is about."""
+    return any(row[place] != "-" for row in found.rows[1:] for place in found.mious)
+
+
+def _without_blanks(found: Table) -> Table:
+    """Leave out the columns that hold nothing, as those of a dCRF that was not asked for."""
+    columns = [column for column in zip(*found.rows, strict=True) if set(column[1:]) != {"-"}]
+    return found._replace(rows=list(zip(*columns, strict=True)))
+
+
+def _interval(figures: Mapping[str, Any], name: str) -> str:
+    return words.interval(figures, name) or "-"
 
 
 def _percent(value: str | float | None) -> str:
-    number = float("nan") if value is None else float(value)
-    return "-" if math.isnan(number) else f"{100 * number:.1f}"
+    return "-" if value in (None, "", "nan") else f"{100 * float(value or 0):.1f}"
 
 
-def _aligned(title: str, rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Write a table whose first `words` columns are flush left, the others, figures, right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads = [str.ljust] * words + [str.rjust] * (len(widths) - words)
-    lines = [title]
-    for row in rows:
+def _aligned(found: Table) -> str:
+    """Write a table: its words are flush left, its figures right."""
+    widths = [max(map(len, column)) for column in zip(*found.rows, strict=True)]
+    pads = [str.ljust] * found.words + [str.rjust] * (len(widths) - found.words)
+    lines = [found.title]
+    for row in found.rows:
         cells = (pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=True))
         lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, *([found.note] if found.note else [])])

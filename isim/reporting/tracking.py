@@ -108,7 +108,9 @@ class Run:
 
     def _keep(self, run_id: str, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        self._buffers[run_id] += [(name, float(value), now, step) for name, value in values.items()]
+        # What is not known, as a mIoU without masks, is no point of a curve.
+        known = {name: float(value) for name, value in values.items() if isfinite(value)}
+        self._buffers[run_id] += [(name, value, now, step) for name, value in known.items()]
 
     @_unless_lost
     def flush(self) -> None:

@@ -105,15 +105,14 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(
-    path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] | None = None
-) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """Write rows as CSV, atomically; all have the keys of the first, in its order.
 
-    Without a row there must be a `header`.
+    `columns` names them where there may be no row. What is no finite number is an empty cell: not
+    known, rather than a word that programs take for a value.
     """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(header or rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(columns) or list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({k: "" if _finite(v) is None else v for k, v in row.items()} for row in rows)
     write_text(path, buffer.getvalue())

@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 
 from isim import metrics, stage
-from isim.data import prepared
+from isim.data import files, prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.params import Evaluate
 from isim.passes import counts, scores
 from isim.passes.counts import Confusions
 from isim.reporting import pictures, plots
-from isim.runtime import atomic
+from isim.runtime import atomic, progress
 from isim.stage import Stage
 
 Figures = dict[str, Any]
+# Columns of tables that have no rows without masks.
+SWEEP = ("split", "threshold", "cam_miou")
+CONFUSION = ("source", "actual", "predicted", "pixels")
 
 
 def run(params: Evaluate, root: Path) -> None:
     """Run the stage: CAMs and pseudo-labels against the ground truth, to reports/evaluate.
 
     A split that is part of a scored one (train of trainaug) is reported apart, too. Images without
-    a ground truth are left out; where none has one, the reports say so with nan (null in JSON).
+    a ground truth are left out; where none has one, figures are null and tables have no rows.
     Raises UserError for no CAMs, no prepared data, a missing or unreadable file.
     """
     data = prepared.load(root)
@@ -34,6 +37,8 @@ def run(params: Evaluate, root: Path) -> None:
     splits = sorted(path.name for path in cams.glob("[!.]*") if path.is_dir())
     if not splits:
         raise UserError(f"{cams} holds no CAMs; run `isim export-cams` first")
+    if params.threshold == "auto":
+        params = params.model_copy(update={"threshold": files.read_threshold(cams)})
     scored = {split: [i for i in data.split(split) if i.mask is not None] for split in splits}
     known = {item.id: item for items in data.splits.values() for item in items}
     members, names = counts.members(data.splits), ("background", *data.classes)
@@ -45,7 +50,7 @@ def run(params: Evaluate, root: Path) -> None:
         for split, parts in counts.parts(splits, members).items():
             items = scored[split]
             pictured = {item.id for item in pictures.choose(items, params.pictures)}
-            swept, refined = scores.cams(
+            swept, refined, bounds = scores.cams(
                 here,
                 items,
                 cams / split,
@@ -56,7 +61,10 @@ def run(params: Evaluate, root: Path) -> None:
             )
             for part, ids in parts.items():
                 images = sum(item.id in ids for item in items)
-                here.log(part, done.add_cams(part, images, swept[part], refined[part]))
+                figures = done.add_cams(part, images, swept[part], refined[part])
+                figures |= bounds[part]
+                here.log(part, figures)
+                _tell(part, figures)
         rounds = (int(path.name.removeprefix("round_")) for path in labels.glob("round_*"))
         for number in sorted(rounds):
             name = f"round_{number:02d}"
@@ -69,6 +77,18 @@ def run(params: Evaluate, root: Path) -> None:
             for part, confusion in confusions.items():
                 here.log(part, done.add_round(name, part, confusion), step=number)
         here.report(partial(_report, done, names), partial(_show, scored, params))
+
+
+def _tell(part: str, figures: Mapping[str, Any]) -> None:
+    """Say which threshold is best on the masks that there are, and how sure that is."""
+    if "oracle_threshold_low" in figures:
+        bounds = (figures[f"oracle_threshold_{end}"] for end in ("low", "high"))
+        progress.tell(
+            f"evaluate: on {figures['images']} masks of {part} the best threshold before dCRF is "
+            f"{figures['oracle_threshold']:.2f} (95 %: {' to '.join(f'{b:.2f}' for b in bounds)}), "
+            f"mIoU {100 * figures['cam_miou_oracle']:.2f}; at {figures['threshold']:.2f} it is "
+            f"{100 * figures['cam_miou']:.2f}"
+        )
 
 
 @dataclass
@@ -93,6 +113,7 @@ class _Scores:
         self.confusions |= {f"{name}_cam": swept[fixed], f"{name}_cam_crf": refined}
         figures = self.figures[name] = {
             "images": images,
+            "threshold": round(float(thresholds[fixed]), 6),
             **metrics.segmentation_figures("cam_", swept[fixed]),
             "cam_miou_oracle": mious[oracle],
             "oracle_threshold": round(float(thresholds[oracle]), 6),
@@ -101,6 +122,7 @@ class _Scores:
         self.sweep += [
             {"split": name, "threshold": f"{threshold:.3f}", "cam_miou": value}
             for threshold, value in zip(thresholds, mious, strict=True)
+            if np.isfinite(value)
         ]
         self.headline |= {f"{name}_{k}": figures[k] for k in ("cam_miou", "cam_crf_miou")}
         return figures
@@ -118,20 +140,23 @@ class _Scores:
 
 def _report(done: _Scores, names: Sequence[str], here: Stage) -> None:
     """Write tables and plots."""
+    counted = counts.counted(done.confusions)
+    if not counted:
+        progress.tell("evaluate: no masks to score; `isim report` judges the label maps without")
     pixels = [
         {"source": source, "actual": actual, "predicted": predicted, "pixels": int(count)}
-        for source, confusion in done.confusions.items()
+        for source, confusion in counted.items()
         for actual, row in zip(names, confusion, strict=True)
         for predicted, count in zip(names, row, strict=True)
     ]
-    atomic.write_csv(here.reports / "sweep.csv", done.sweep)
-    atomic.write_csv(here.reports / "confusion.csv", pixels)
+    atomic.write_csv(here.reports / "sweep.csv", done.sweep, SWEEP)
+    atomic.write_csv(here.reports / "confusion.csv", pixels, CONFUSION)
     atomic.write_json(here.reports / "metrics.json", done.figures)
     here.tracked.headline(done.headline)
-    here.table("per_class", counts.per_class(done.confusions, names))
-    ious = {source: metrics.iou(found).tolist() for source, found in done.confusions.items()}
-    plots.class_bars(names, ious, "IoU", here.reports / "pictures/per_class.png")
-    for source, found in done.confusions.items():
+    here.table("per_class", counts.per_class(counted, names), counts.PER_CLASS)
+    atomic.make_directory(here.reports / "pictures")
+    plots.class_ious(names, counted, here.reports / "pictures/per_class.png")
+    for source, found in counted.items():
         plots.confusion_heatmap(found, names, here.reports / f"pictures/confusion_{source}.png")
 
 

@@ -24,6 +24,9 @@ def run(params: ExportCams, root: Path) -> None:
         devices.place(network, here.device)
         every = [item for items in chosen.values() for item in items]
         source = features.ready(here, network, config, every)
+        if params.threshold == "auto":
+            params = params.model_copy(update={"threshold": config.threshold})
+        atomic.write_json(here.resume / "cams/threshold.json", {"threshold": params.threshold})
         figures: dict[str, dict[str, float]] = {}
         for split, items in chosen.items():
             figures[split] = stored_cams.export(
@@ -32,5 +35,5 @@ def run(params: ExportCams, root: Path) -> None:
             here.log(split, figures[split])
             progress.tell(f"export_cams: {len(items)} CAMs of {split}")
         here.publish({"cams": "data/cams"})
-        about = {"precision": here.precision, **figures}
+        about = {"precision": here.precision, "threshold": params.threshold, **figures}
         here.report(lambda here: atomic.write_json(here.reports / "metrics.json", about))

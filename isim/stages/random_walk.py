@@ -19,6 +19,7 @@ from isim.passes import counts, features, walks
 from isim.passes.counts import Confusions
 from isim.passes.each import Passed
 from isim.passes.walks import Stored
+from isim.reporting import words
 from isim.runtime import atomic, devices, progress
 from isim.stage import Stage
 
@@ -64,8 +65,13 @@ def run(params: RandomWalk, root: Path) -> None:
                 confusions[part] = {name: totals[part] for name, totals in found.items()}
                 # The speed is that of the pass, hence not of a part of it.
                 figures[part] = {"images": len(ids), **(done.speed if part == split else {})}
+                lines = [line for line in done.lines if line["id"] in ids]
                 for name, confusion in confusions[part].items():
-                    figures[part] |= metrics.segmentation_figures(f"{name}_", confusion)
+                    figures[part] |= {
+                        **metrics.segmentation_figures(f"{name}_", confusion),
+                        **counts.interval(f"{name}_", lines, name, len(names)),
+                        f"{name}_coverage": counts.coverage(lines, name),
+                    }
                 _tell(here, part, figures[part])
         here.publish({"labels": "data/random_walk"})
         stride = {"map_stride": config.map_stride} if params.affinity == "net" else {}
@@ -100,9 +106,9 @@ def _are_probable(params: RandomWalk, root: Path) -> bool:
 def _tell(here: Stage, part: str, figures: Mapping[str, float]) -> None:
     here.log(part, figures)
     mious = (
-        f"{name.removesuffix('_miou')} mIoU {100 * value:.2f}"
-        for name, value in figures.items()
-        if name.endswith("_miou")
+        words.miou(name, figures[f"{name}_miou"], figures[f"{name}_coverage"])
+        for name in CAPTIONS
+        if f"{name}_miou" in figures
     )
     progress.tell(f"random_walk: {figures['images']} label maps of {part}, {', '.join(mious)}")
 
@@ -117,10 +123,11 @@ def _report(
     mious: dict[str, float] = {}
     for part, found in confusions.items():
         columns = {f"{name}_iou": confusion for name, confusion in found.items()}
-        per_class += [{"split": part, **row} for row in metrics.iou_table(names, columns)]
+        if counts.counted(found):
+            per_class += [{"split": part, **row} for row in metrics.iou_table(names, columns)]
         mious |= {f"{part}_{name}_miou": about[part][f"{name}_miou"] for name in found}
     atomic.write_json(here.reports / "metrics.json", about)
-    here.table("per_class", per_class)
+    here.table("per_class", per_class, ("split", "class"))
     here.tracked.headline(mious)
 
 

@@ -3,6 +3,7 @@
 It learns from pairs of pixels that the CAMs are sure of (paper 4.1.6; spec 6).
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -51,9 +52,10 @@ def run(params: TrainAffinity, root: Path) -> None:
         devices.place(network, here.device)
         figures = affinity_labels.make(here, items, cams, params, num_labels=len(data.classes) + 1)
         here.tracked.metrics(figures)
+        right = figures["sure_accuracy"]
         progress.tell(
-            f"train_affinity: {100 * figures['sure_share']:.1f} % of the pixels are labelled, "
-            f"{100 * figures['sure_accuracy']:.1f} % of them right"
+            f"train_affinity: {100 * figures['sure_share']:.1f} % of the pixels are labelled"
+            + (f", {100 * right:.1f} % of them right" if math.isfinite(right) else "")
         )
         label = partial(_label, here)
         crops = batches.of_crops(items, config, params, here.device, labels=[label])

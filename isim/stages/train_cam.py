@@ -3,7 +3,8 @@
 Paper Algorithm 1: warm-up, then rounds of pseudo-labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from isim.models.frozen import FrozenNetwork
 from isim.params import TrainCam
 from isim.passes import cams, classification, pseudo_labels, seeds
 from isim.passes.features import Features
-from isim.reporting import pictures, plots
-from isim.runtime import atomic, devices
+from isim.reporting import pictures, plots, words
+from isim.runtime import atomic, devices, progress
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
 from isim.training import batches, heads, loop, rounds
@@ -30,6 +31,7 @@ from isim.training.rounds import Rounds
 from isim.training.steps import CamStep
 
 MIOUS = ("cam_miou", "pseudo_label_miou")
+TAGS = ("id", "class", "tagged", "probability", "usual")
 
 
 def run(params: TrainCam, root: Path) -> None:
@@ -58,10 +60,12 @@ def run(params: TrainCam, root: Path) -> None:
         given = {"items": items, "held_out": held_out, "shown": shown}
         made: Rounds | FrozenRounds
         if isinstance(network, FrozenNetwork):
-            made, final = _frozen(here, network, config, params, **given)
+            made, final, disputed = _frozen(here, network, config, params, **given)
         else:
-            made, final = _trained(here, network, config, params, **given)
-        common.save(here.resume / "models/model.safetensors", network, made.config)
+            made, final, disputed = _trained(here, network, config, params, **given)
+        threshold = made.rows[-1]["threshold"]
+        config = replace(made.config, threshold=threshold)
+        common.save(here.resume / "models/model.safetensors", network, config)
         here.log("final_train", final)
         here.publish({"models": "models/train_cam", "pseudo_labels": "data/pseudo_labels"})
         about = {
@@ -73,12 +77,14 @@ def run(params: TrainCam, root: Path) -> None:
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
             "rounds": len(made.rows),
-            **{name: made.rows[-1][name] for name in (*MIOUS, "masked_share")},
+            "threshold": threshold,
+            **{name: made.rows[-1][name] for name in (*MIOUS, "masked_share", "coverage")},
             # `train_` is of the last epoch's crops, `final_train_` and `val_` of whole images.
             **{k: v for k, v in made.epochs[-1].items() if k.startswith(("train_", "val_"))},
             **{f"final_train_{name}": value for name, value in final.items()},
         }
-        here.report(partial(_report, about, made), partial(_show, shown, len(made.rows)))
+        here.report(partial(_report, about, made, disputed), partial(_show, shown, len(made.rows)))
+        _tell(about)
 
 
 def _trained(
@@ -90,18 +96,29 @@ def _trained(
     items: Sequence[Item],
     held_out: Sequence[Item],
     shown: Sequence[Item],
-) -> tuple[Rounds, Row]:
-    """Run the paper's loop; returns it and the classification figures of whole images."""
+) -> tuple[Rounds, Row, list[Row]]:
+    """Run the paper's loop; returns it, the figures of whole images and the disputed tags."""
     given = (here, network)
-    regenerate = partial(pseudo_labels.regenerate, *given, params=params)
-    measure = partial(seeds.score, *given, params=params)
+
+    def at(config: CamConfig) -> TrainCam:
+        threshold = params.threshold
+        if threshold == "auto":
+            threshold = seeds.choose_threshold(*given, config, items, params=params)
+        return params.model_copy(update={"threshold": threshold})
+
+    def regenerate(config: CamConfig, name: str) -> pseudo_labels.Scores:
+        return pseudo_labels.regenerate(*given, config, items, params=at(config), name=name)
+
+    def measure(config: CamConfig) -> float:
+        return seeds.score(*given, config, items, params=at(config))
+
     made = Rounds(
         here,
         network,
         config,
         params,
-        lambda config, **names: regenerate(config, items, **names),
-        lambda config: measure(config, items),
+        regenerate,
+        measure,
     )
     # One set for every round that there can be: loader processes know them from the start.
     folders = [_labels(here, number) for number in range(1, params.epochs + 1)]
@@ -123,7 +140,8 @@ def _trained(
         if made.rows and params.method != "cam":
             crops.dataset.use_labels(len(made.rows) - 1)
     # The figures of the epochs are of random crops, while the weights change.
-    return made, here.once("final", lambda: classify(items))
+    logits = partial(classification.logits, here, network, config, longer_side=params.crop)
+    return made, *_judged(here, logits, config, items, held_out=held_out)
 
 
 def _frozen(
@@ -135,18 +153,20 @@ def _frozen(
     items: Sequence[Item],
     held_out: Sequence[Item],
     shown: Sequence[Item],
-) -> tuple[FrozenRounds, Row]:
-    """Run the loop on cached features; returns it and the classification figures of the images."""
+) -> tuple[FrozenRounds, Row, list[Row]]:
+    """Run the loop on cached features; returns it, the images' figures and the disputed tags."""
     cached = Features(here, network, config)
     cached.prepare([*items, *held_out])
     given = (here, cached)
 
-    def at(threshold: float) -> TrainCam:
+    def at(threshold: str | float) -> TrainCam:
         return params.model_copy(update={"threshold": threshold})
 
     def regenerate(
-        config: CamConfig, name: str, threshold: float, refined: bool
+        config: CamConfig, name: str, threshold: str | float, refined: bool
     ) -> pseudo_labels.Scores:
+        if threshold == "auto":
+            threshold = seeds.choose_threshold(*given, config, items, params=params)
         return pseudo_labels.regenerate(
             *given,
             config,
@@ -179,9 +199,38 @@ def _frozen(
         here.log_epoch(made.epochs[:number])
     for row in made.rows:
         _log(here, row, shown)
-    # The figures of the training are of whole images, by the classifier that there is in the end.
-    final = made.epochs[-1].items()
-    return made, {k.removeprefix("train_"): v for k, v in final if k.startswith("train_")}
+    logits = partial(classification.frozen_logits, cached)
+    return made, *_judged(here, logits, config, items, held_out=held_out)
+
+
+def _judged(
+    here: Stage,
+    logits: Callable[[Sequence[Item]], np.ndarray],
+    config: CamConfig,
+    items: Sequence[Item],
+    *,
+    held_out: Sequence[Item],
+) -> tuple[Row, list[Row]]:
+    """Return the final network's figures of the images, and the tags that it disputes anywhere."""
+    known = {item.id for item in items}
+    others = [item for item in held_out if item.id not in known]
+
+    def judge() -> Row:
+        seen, unseen = logits(items), logits(others)
+        pairs = ((items, seen), (others, unseen))
+        rows = [row for pair in pairs for row in classification.disputed(*pair, config.classes)]
+        return {"figures": classification.figures(items, seen), "disputed": rows}
+
+    found = here.once("final", judge)
+    return found["figures"], found["disputed"]
+
+
+def _tell(about: Row) -> None:
+    """Say how well the tags are learnt, which needs no masks."""
+    for name, where in (("val_class_map", "val"), ("final_train_class_map", "its own images")):
+        if np.isfinite(learnt := about.get(name, np.nan)):
+            progress.tell(f"train_cam: {words.tags_learnt(learnt)} on {where}")
+            return
 
 
 def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
@@ -198,14 +247,20 @@ def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
             here.tracked.image(f"pictures/{item.id}", square, step=number)
 
 
-def _report(about: Row, made: Rounds | FrozenRounds, here: Stage) -> None:
-    """Write a row a round, an epoch, a measurement and a class; the headline; plots."""
+def _report(about: Row, made: Rounds | FrozenRounds, disputed: Sequence[Row], here: Stage) -> None:
+    """Write a row a round, an epoch, a measurement, a class and a disputed tag; headline; plots."""
     columns = ("epoch", "round", *MIOUS)
-    mious = [{column: row.get(column, "") for column in columns} for row in made.mious]
-    for name, rows in (("rounds", made.rows), ("epochs", made.epochs), ("miou", mious)):
+    mious = [
+        {column: row.get(column, "") for column in columns}
+        for row in made.mious
+        if np.isfinite(row["cam_miou"])
+    ]
+    for name, rows in (("rounds", made.rows), ("epochs", made.epochs)):
         atomic.write_csv(here.reports / f"{name}.csv", rows)
+    atomic.write_csv(here.reports / "miou.csv", mious, columns)
+    atomic.write_csv(here.reports / "tags.csv", disputed, TAGS)
     atomic.write_json(here.reports / "metrics.json", about)
-    here.table("per_class", made.per_class)
+    here.table("per_class", made.per_class, ("round", "class"))
     here.tracked.headline({name: about[name] for name in MIOUS})
     here.tracked.artifact_file(here.reports / "rounds.csv")
     here.tracked.register_model("cam", here.root / "models/train_cam/model.safetensors")

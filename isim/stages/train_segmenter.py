@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from isim import metrics, stage
+from isim import stage
 from isim.data import label_sets, prepared
 from isim.data.prepared import Item, Prepared
 from isim.errors import UserError
@@ -62,6 +62,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             here.tracked.tag("decoder_weights", "pixel supervision from the weights file")
         is_cam = name == "seeds"
         labels = seeds.write(here, items, stored, params.threshold) if is_cam else stored
+        trusted = _trusted(params, name, items)
+        labels = {**labels, **trusted}
         every = [*items, *(item for split in tested.values() for item in split)]
         source = features.ready(here, network, config, every)
         if isinstance(source, Features):
@@ -86,11 +88,24 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             "labels": stored[items[0].id].parent.name,
             "images": len(items),
             "images_without_labels": len(everything) - len(items),
+            "trusted_masks": len(trusted),
         }
         names = ("background", *data.classes)
         here.report(
             partial(_report, about, epochs, found, names=names), partial(_show, tested, params)
         )
+
+
+def _trusted(params: TrainSegmenter, name: str, items: Sequence[Item]) -> dict[str, Path]:
+    """Find the masks that take the place of label maps, by id, and tell how many there are."""
+    if not params.trust_masks or name == "ground_truth":
+        return {}
+    found = {item.id: item.mask for item in items if item.mask is not None}
+    progress.tell(
+        f"train_segmenter: {len(found)} of {len(items)} images are trained on with their masks "
+        f"instead of label set {name} (trust_masks)"
+    )
+    return found
 
 
 def _trained(
@@ -185,7 +200,7 @@ def _report(
     last = {"loss": epochs[-1]["loss"], "splits": splits}
     atomic.write_csv(here.reports / "epochs.csv", epochs)
     atomic.write_json(here.reports / "metrics.json", about | last)
-    here.table("per_class", counts.per_class(confusions, names))
+    here.table("per_class", counts.per_class(confusions, names), counts.PER_CLASS)
     here.tracked.headline(
         {f"{s}_{k}": v for s, row in splits.items() for k, v in row.items() if k.endswith("miou")}
     )
@@ -194,8 +209,7 @@ def _report(
 
     folder = here.reports / "pictures"
     plots.curves(epochs, "epoch", {"loss": "cross-entropy"}, "loss", path=folder / "loss.png")
-    ious = {source: metrics.iou(confusion).tolist() for source, confusion in confusions.items()}
-    plots.class_bars(names, ious, "IoU", folder / "per_class.png")
+    plots.class_ious(names, counts.counted(confusions), folder / "per_class.png")
     for split, result in found.items():
         plots.confusion_heatmap(result.confusion, names, folder / f"confusion_{split}.png")
 

@@ -5,6 +5,7 @@ call goes on after the last record. A kill costs at most the head that was being
 images of a round that were in flight.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +30,7 @@ from isim.runtime.here import Here
 from isim.training import heads
 from isim.training.heads import Patches
 from isim.training.loop import Row
-from isim.training.rounds import Scores, name
+from isim.training.rounds import Scores, name, told
 
 Planes = Iterable[tuple[Item, Tensor]]
 
@@ -68,9 +69,9 @@ class FrozenRounds:
         threshold = self.here.once("threshold", self._threshold)["threshold"]
         measured = self.here.once("walked", lambda: {"miou": self.measure(self.config, threshold)})
         self.mious.append({"epoch": 1, "cam_miou": measured["miou"]})
+        score = f", mIoU {100 * measured['miou']:.2f}" if math.isfinite(measured["miou"]) else ""
         progress.tell(
-            f"{self.here.name}: CAMs walked ({given.affinity}), threshold {threshold:.2f}, "
-            f"mIoU {100 * measured['miou']:.2f}"
+            f"{self.here.name}: CAMs walked ({given.affinity}), threshold {threshold:.2f}{score}"
         )
         if not count:
             self._round(1, threshold, refined=True)
@@ -128,7 +129,7 @@ class FrozenRounds:
         first = {k: v for k, v in self.epochs[0].items() if k != "epoch"}
         return first | {"segmentation_loss": loss, "labelled_share": float(labelled)}
 
-    def _round(self, number: int, threshold: float, *, refined: bool) -> None:
+    def _round(self, number: int, threshold: str | float, *, refined: bool) -> None:
         made = self.here.once(
             name(number), lambda: self._scored(number, threshold, refined=refined)
         )
@@ -136,15 +137,11 @@ class FrozenRounds:
         self.per_class += made["per_class"]
         self.mious.append(made["row"])
 
-    def _scored(self, number: int, threshold: float, *, refined: bool) -> dict[str, Any]:
+    def _scored(self, number: int, threshold: str | float, *, refined: bool) -> dict[str, Any]:
         scores = self.regenerate(self.config, name(number), threshold, refined)
         row = {"round": number, "epoch": len(self.epochs), **scores.row()}
         what = "after dCRF" if refined else "without dCRF"
-        progress.tell(
-            f"{name(number)}: CAM mIoU {100 * row['cam_miou']:.2f}, pseudo-label mIoU "
-            f"{100 * row['pseudo_label_miou']:.2f} ({what}), {row['images_per_second']:.1f} "
-            "images/s"
-        )
+        progress.tell(f"{name(number)}: {told(row)} ({what})")
         per_class = scores.per_class(self.config.classes)
         return {"row": row, "per_class": [{"round": number, **entry} for entry in per_class]}
 

@@ -3,6 +3,7 @@
 After other epochs the CAMs may be measured, so that procedures can be compared.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from isim.models import cam, common
 from isim.params import Converged, TrainCam
+from isim.reporting import words
 from isim.runtime import progress
 from isim.runtime.here import Here
 from isim.training.loop import Row
@@ -59,11 +61,18 @@ def name(number: int) -> str:
     return f"round_{number:02d}"
 
 
+def told(row: Mapping[str, Any]) -> str:
+    """Put a round's figures in words; without masks those that need none."""
+    label = words.miou("pseudo-label", row["pseudo_label_miou"], row["coverage"])
+    cam = f"CAM mIoU {100 * row['cam_miou']:.2f}, " if math.isfinite(row["cam_miou"]) else ""
+    return f"{cam}{label}, {row['images_per_second']:.1f} images/s"
+
+
 class Scores(Protocol):
     """Scores of a round's CAMs and pseudo-labels."""
 
     def row(self) -> dict[str, float]:
-        """Headline figures, `cam_miou`, `pseudo_label_miou` and `images_per_second` among them."""
+        """Headline figures: `cam_miou`, `pseudo_label_miou`, `coverage`, `images_per_second`, .."""
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of the background and each class."""
@@ -120,17 +129,14 @@ class Rounds:
         common.save(path, self.network, self.config)
         scores = self.regenerate(self._labelling(), name=name(number))
         row = {"round": number, "epoch": epoch, **scores.row()}
-        progress.tell(
-            f"{name(number)} after epoch {epoch}: CAM mIoU {100 * row['cam_miou']:.2f}, "
-            f"pseudo-label mIoU {100 * row['pseudo_label_miou']:.2f}, "
-            f"{row['images_per_second']:.1f} images/s"
-        )
+        progress.tell(f"{name(number)} after epoch {epoch}: {told(row)}")
         per_class = scores.per_class(self.config.classes)
         return {"row": row, "per_class": [{"round": number, **entry} for entry in per_class]}
 
     def _measure(self, epoch: int) -> Row:
         miou = self.measure(self._labelling())
-        progress.tell(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
+        if math.isfinite(miou):
+            progress.tell(f"after epoch {epoch}: CAM mIoU {100 * miou:.2f}")
         return {"epoch": epoch, "cam_miou": miou}
 
     def _labelling(self) -> cam.CamConfig:

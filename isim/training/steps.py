@@ -4,6 +4,7 @@ A step is told when an epoch begins, turns each batch into the loss that is mini
 the epoch's figures beside the mean losses. What trains with it is `loop.epochs`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -127,11 +128,15 @@ class CamStep(Step):
         return {f"train_{name}": value for name, value in found.items()}
 
     def tell(self, row: dict[str, Any]) -> str:
-        """Losses and mean average precisions."""
+        """Losses and mean average precisions, where there are classes to rank."""
+        maps = (
+            f", {split} mAP {found:.3f}"
+            for split in ("train", "val")
+            if math.isfinite(found := row.get(f"{split}_class_map", math.nan))
+        )
         return (
             f"classification {row['classification_loss']:.4f}, segmentation "
-            f"{row['segmentation_loss']:.4f}, train mAP {row['train_class_map']:.3f}, "
-            f"val mAP {row.get('val_class_map', float('nan')):.3f}"
+            f"{row['segmentation_loss']:.4f}{''.join(maps)}"
         )
 
 

@@ -1,5 +1,7 @@
 """Classification figures: those of whole images one at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,3 +51,20 @@ def test_figures_of_a_frozen_network_are_those_of_its_features(here, items):
     network.classifier.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="scores are not finite"):
         classification.frozen(cached, items)
+
+
+def test_a_tag_is_disputed_where_it_looks_like_those_of_the_other_kind(items):
+    """However sure the network is of a class in general: only the order counts."""
+    tagged = [1, 1, 1, 0, 0, 0]
+    pairs = zip(items, tagged, strict=False)
+    some = [replace(item, image_label=np.float32([tag, 1])) for item, tag in pairs]
+    logits = np.float32([[3, 0], [2, 0], [-3, 0], [-2, 0], [-2.5, 0], [2.9, 0]])
+    found = classification.disputed(some, logits - [4, 0], ("cat", "dog"))
+    # All are tagged as dogs: nothing tells how an image without one looks.
+    assert {row["class"] for row in found} == {"cat"}
+    assert [(row["id"], row["tagged"]) for row in found] == [
+        (some[5].id, 0),
+        (some[2].id, 1),
+    ]
+    assert found[0]["probability"] > found[0]["usual"] and found[1]["probability"] < 0.01
+    assert classification.disputed([], np.zeros((0, 2)), ("cat", "dog")) == []

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from isim import metrics
 from isim.data import files
 from isim.errors import UserError
 from isim.passes import counts
@@ -38,3 +39,26 @@ def test_what_cannot_be_scored_is_not_written(items, tmp_path):
     with pytest.raises(UserError, match=r"mask .* is 53x37 pixels, its image 64x48"):
         counts.scored_and_written(item, labels, {"walk": tmp_path}, 4)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_no_mask_is_known_without_one(items, tmp_path):
+    label = files.read_label_map(items[0].mask) % 255
+    share = float((label > 0).mean())
+    for item in (items[0], replace(items[0], mask=None)):
+        line = counts.scored(item, {"walk": label}, 4)
+        assert line["covered"] == {"walk": share} and bool(line["walk"]) == (item.mask is not None)
+    lines = [{"covered": {"walk": value}} for value in (0.2, 0.4)]
+    assert counts.coverage(lines, "walk") == pytest.approx(0.3)
+
+
+def test_an_interval_is_of_the_images_that_are_scored():
+    lines = [{"n": counts.sparse(np.diag([4, 3 * n]) + 1)} for n in range(4)] + [{"n": []}]
+    found = counts.interval("a_", lines, "n", 2)
+    bounds = metrics.miou_interval(counts.total([line], "n", (2, 2)) for line in lines)
+    assert (found["a_miou_low"], found["a_miou_high"]) == bounds
+    assert counts.interval("a_", lines[3:], "n", 2) == {}
+
+
+def test_sources_of_which_nothing_is_counted_have_no_rows():
+    found = {"a": np.eye(2, dtype=int), "b": np.zeros((2, 2), int)}
+    assert [row["source"] for row in counts.per_class(found, ("background", "cat"))] == ["a", "a"]

@@ -50,11 +50,11 @@ def test_without_a_crf_the_seeds_are_the_labels(run, items, tmp_path):
 def test_the_row_and_the_classes_are_figures_of_the_counts():
     seed, label, *sweep = np.random.default_rng(0).integers(1, 9, (2 + len(SWEEP), 3, 3))
     sweep[4] += 9 * np.eye(3, dtype=int)
-    found = Scores(seed, label, np.array(sweep), 0.3, 0.25, {"seconds": 2.0})
+    found = Scores(seed, label, np.array(sweep), 0.3, 0.25, 0.4, {"seconds": 2.0})
     mious = [metrics.miou(confusion) for confusion in (seed, sweep[4], label)]
-    assert list(found.row().values()) == [*mious[:2], 0.25, mious[2], 0.25, 2.0]
+    assert list(found.row().values()) == [*mious[:2], 0.25, mious[2], 0.3, 0.25, 0.4, 2.0]
     columns = {"cam_iou": seed, "pseudo_label_iou": label}
     assert found.per_class("xy") == metrics.iou_table(("background", "x", "y"), columns)
     # The fixed threshold need not be one of the sweep: it may be better than all.
-    best = Scores(np.eye(3, dtype=int), label, np.array(sweep), 0.3, 0.25, {}).row()
+    best = Scores(np.eye(3, dtype=int), label, np.array(sweep), 0.3, 0.25, 0.4, {}).row()
     assert (best["cam_miou_oracle"], best["oracle_threshold"]) == (1.0, 0.3)

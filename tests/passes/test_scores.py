@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support.images import counted, opened, seeded
 
+from isim import metrics
 from isim.data.files import read_label_map
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
@@ -24,7 +25,7 @@ def test_thresholds_hold_the_fixed_one_and_do_not_pass_the_end(changes, expected
 
 
 def test_cams_score_as_a_plain_computation_says(whole, items, stored, tiny):
-    ((swept, refined), folder), labels = whole("scores.cams"), []
+    ((swept, refined, bounds), folder), labels = whole("scores.cams"), []
     values, fixed = scores.thresholds(tiny.evaluate)
     for item in items:
         maps = [seeded(item, stored, value) for value in values]
@@ -33,6 +34,11 @@ def test_cams_score_as_a_plain_computation_says(whole, items, stored, tiny):
     for name, count in (("train", 7), ("inner", 3)):
         expected = [counted(items[:count], maps) for maps in zip(*labels[:count], strict=True)]
         assert ([*swept[name], refined[name]] == np.array(expected)).all()
+        low, high = bounds[name]["cam_crf_miou_low"], bounds[name]["cam_crf_miou_high"]
+        assert low <= metrics.miou(refined[name]) <= high
+        best = values[np.argmax([metrics.miou(c) for c in swept[name]])]
+        ends = [bounds[name][f"oracle_threshold_{end}"] for end in ("low", "high")]
+        assert ends[0] <= best + 1e-6 and ends[1] >= best - 1e-6
     assert np.array_equal(read_label_map(folder / "labels/train/01.png"), labels[1][-1])
 
 

@@ -56,11 +56,12 @@ def test_strip_has_the_callers_captions_and_may_be_folded(make):
     flat, folded = (pictures.strip(item, results, columns) for columns in (4, 2))
     half = (flat.shape[1] + pictures.GAP) // 2
     assert (folded == np.concatenate([flat[:, :half], flat[:, half - pictures.GAP :]])).all()
-    # A last row that is not full is as wide as the others; a ground truth need not be there.
-    without = pictures.strip(replace(item, mask=None), results)
-    assert without.shape == usual.shape and (without != usual).any()
-    del results["CAM"]
-    assert pictures.strip(item, results, 2).shape == folded.shape
+    # No panel is blank: neither of a ground truth that there is not, nor at the end of a row.
+    alone = replace(item, mask=None)
+    without, one_row = (pictures.strip(alone, results, columns) for columns in (None, 2))
+    cell = (usual.shape[1] - pictures.GAP) // 4
+    assert without.shape[1] == usual.shape[1] - cell
+    assert (without == one_row).all()
 
 
 def test_grid_has_a_row_an_image_and_a_column_a_round(make, tmp_path):

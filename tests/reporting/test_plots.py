@@ -30,3 +30,16 @@ def test_plots_show_their_values_and_are_reproducible(draw, tmp_path):
     # Equal plots must be equal files, or DVC sees a change in every run.
     assert a == b != c
     assert np.array(Image.open(tmp_path / "a.png").convert("L")).std() > 5
+
+
+def test_nothing_is_drawn_of_figures_that_are_not_known(tmp_path):
+    draw_curves([np.nan, np.nan], tmp_path / "curves.png")
+    plots.class_ious(CLASSES, {}, tmp_path / "bars.png")
+    draw_confusion([0.0, np.nan, 0.0], tmp_path / "confusion.png")
+    assert list(tmp_path.iterdir()) == []
+    # A curve that is known keeps another one from the legend alone.
+    rows = [{"round": 1, "a": 0.5, "b": np.nan}]
+    plots.curves(rows, "round", {"a": "a", "b": "b"}, "", path=tmp_path / "both.png")
+    plots.curves(rows, "round", {"a": "a"}, "", path=tmp_path / "one.png")
+    both, one = ((tmp_path / f"{name}.png").read_bytes() for name in ("both", "one"))
+    assert both == one

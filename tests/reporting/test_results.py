@@ -1,5 +1,6 @@
 """The result table: percent, blanks, columns, and reports that are missing or damaged."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,16 +37,53 @@ def test_results_are_in_percent(table):
     rounds = HEADER + "1,5,0.31234,0.4,0.1,12.34,9\n2,15,0.456,nan,0,11,9\n"
     final = '{"train": {"cam_miou": 0.5, "cam_miou_oracle": 0.625, "cam_crf_miou": null},'
     text = table({ROUNDS: rounds, FINAL: final + ' "round_01": {"pseudo_label_miou": 0.4}}'})
-    for row in ("1 5 31.2 40.0 12.3", "2 15 45.6 - 11.0", "train 50.0 62.5 -"):
+    for row in ("1 5 31.2 40.0 12.3", "2 15 45.6 - 11.0", "train 50.0 62.5"):
         assert row.split() in cells(text)
     assert "round_01" not in text and "make ui" in text
 
 
 def test_results_show_the_random_walk_where_there_is_one(table):
-    assert "random walk, %" not in table({})
+    assert "random walk, %" not in table({ROUNDS: HEADER + "1,5,0.3,0.4,0.1,12.3,9\n"})
     walk = '{"precision": "fp32", "map_stride": 8, "val": {"walk_miou": null},'
     text = table({WALK: walk + ' "train": {"walk_miou": 0.7425, "walk_crf_miou": 0.7483}}'})
     assert ["train", "74.2", "74.8"] in cells(text) and ["val", "-", "-"] in cells(text)
+
+
+def test_what_there_is_so_far_is_shown_and_nothing_at_all_is_an_error(table):
+    with pytest.raises(UserError, match="holds no results yet; run `dvc repro` first"):
+        table({})
+    walk = '{"val": {"walk_miou": 0.5}}'
+    assert "random walk, %" in table({WALK: walk})
+
+
+def test_without_masks_figures_that_need_none_are_told(table):
+    rounds = HEADER.replace("masked_share", "coverage,masked_share") + "1,5,,,0.25,0,11,9\n"
+    page = {"compared": "CAM and segmenter", "agreement": 0.8, "scored_images": 0}
+    page |= {"coverage": 0.25, "parts_median": 2, "empty": 1, "with_mask": 9, "covering": 0}
+    text = table(
+        {
+            ROUNDS: rounds,
+            "train_cam/metrics.json": '{"val_class_map": 0.93}',
+            "report/metrics.json": json.dumps(page),
+            FINAL: '{"val": {"cam_miou": null, "cam_miou_oracle": null, "cam_crf_miou": null}}',
+        }
+    )
+    assert ["1", "5", "25.0", "11.0"] in cells(text) and "final network" not in text
+    for line in (
+        "tags are learnt, mAP 0.93 on val",
+        "CAM and segmenter agree, IoU 0.80",
+        "masks cover 25 % of the pixels",
+        "1 of 9 masks are empty in spite of tags, 0 cover everything",
+    ):
+        assert line in text
+    assert "nan" not in text and "mIoU of" not in text
+
+
+def test_intervals_stand_beside_the_figures(table):
+    split = '{"miou": 0.55, "miou_low": 0.512, "miou_high": 0.584}'
+    name = "train_segmenter/last_round/metrics.json"
+    text = table({name: f'{{"label_set": "last_round", "splits": {{"val": {split}}}}}'})
+    assert ["last_round", "val", "55.0", "51.2", "to", "58.4"] in cells(text)
 
 
 def test_columns_of_the_segmenters_are_below_their_heads(table):

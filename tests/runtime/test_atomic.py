@@ -85,7 +85,9 @@ def test_csv_comes_back(tmp_path):
     rows = [{"id": "a,b", "miou": 0.1}, {"id": 'q"', "miou": float("nan")}]
     atomic.write_csv(tmp_path / "a.csv", rows)
     with (tmp_path / "a.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in row.items()} for row in rows]
+        assert list(csv.DictReader(file)) == [rows[0] | {"miou": "0.1"}, rows[1] | {"miou": ""}]
+    atomic.write_csv(tmp_path / "b.csv", [], ("id", "miou"))
+    assert (tmp_path / "b.csv").read_text() == "id,miou\n"
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

@@ -2,13 +2,14 @@
 
 from support.projects import items_of, names_in
 
-from isim.data.files import read_cam
+from isim.data.files import read_cam, read_threshold
 
 
 def test_each_split_has_its_cams_and_figures(run, finished, recorder):
     report = run("export_cams", finished, splits=("val",), precision="fp32")
     # Those of the splits before are gone.
-    assert names_in(finished / "data/cams") == {"val"}
+    assert names_in(finished / "data/cams") == {"threshold", "val"}
+    assert read_threshold(finished / "data/cams") == report["threshold"] == 0.3
     items = items_of(finished, "val")
     assert names_in(finished / "data/cams/val") == {item.id for item in items}
     planes, ids, size = read_cam(finished / f"data/cams/val/{items[0].id}.npz")

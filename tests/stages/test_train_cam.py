@@ -174,8 +174,7 @@ def test_method_frozen_needs_no_masks(run, project, tiny):
     report = run("train_cam", project, **of_frozen(tiny.train_cam, rounds=1))
     assert report["scored_images"] == 0 and report["cam_miou"] is None
     assert len(names_in(project / "data/pseudo_labels/round_01")) == 16
-    rows = read_rows(project / "reports/train_cam/miou.csv")
-    assert {row["cam_miou"] for row in rows} == {"nan"}
+    assert read_rows(project / "reports/train_cam/miou.csv") == []
 
 
 def test_attention_of_a_convolutional_encoder_is_refused(run, project, tiny):
@@ -220,3 +219,18 @@ def test_the_loop_does_not_start_from_what_it_writes(tiny):
     values = tiny.train_cam.model_dump() | {"start": "./data/pseudo_labels/round_01"}
     with pytest.raises(ValueError, match=r"start \(.*\) is where this stage writes .* copy"):
         type(tiny.train_cam).model_validate(values)
+
+
+@pytest.mark.parametrize("method", ["cam", "frozen"])
+def test_a_threshold_is_chosen_at_every_round_and_kept_with_the_network(method, run, project, tiny):
+    changes = of_frozen(tiny.train_cam) if method == "frozen" else {"method": "cam"}
+    report = run("train_cam", project, **changes | {"threshold": "auto"})
+    rows = tables_of(project)["rounds"]
+    config = cam.load(project / "models/train_cam/model.safetensors")[1]
+    assert report["threshold"] == float(rows[-1]["threshold"]) == config.threshold
+    assert all(0 < float(row["threshold"]) < 1 for row in rows)
+    assert (config.threshold == 0.5) == (method == "frozen") and config.threshold != 0.3
+    assert run("export_cams", project, threshold="auto")["threshold"] == config.threshold
+    scored = run("evaluate", project, threshold="auto")
+    assert scored["train"]["threshold"] == pytest.approx(config.threshold, abs=1e-6)
+    assert scored["train"]["cam_miou"] is not None

@@ -12,7 +12,7 @@ from isim import metrics
 from isim.models import segmenter
 from isim.passes import predictions, seeds
 from isim.runtime import devices
-from isim.training import heads
+from isim.training import batches, heads
 
 NAMES = ("ground_truth", "seeds", "random_walk_crf", "round_02")
 SPEED = ("seconds", "images_per_second", "waiting_share")
@@ -152,3 +152,32 @@ def test_method_frozen_goes_on_after_its_head_was_trained(
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["last_round", "seeds", "ground_truth"])
+def test_masks_that_are_trusted_take_the_place_of_labels(name, run, finished, monkeypatch, capsys):
+    projects.drop_masks(finished, "train", keep=3)
+    used = {}
+
+    def of_crops(*_, labels, **__):
+        for item in projects.items_of(finished)[:3]:
+            used[item.id] = labels[0](item.id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batches, "of_crops", of_crops)
+    masks = {item.id: item.mask for item in projects.items_of(finished)[:5]}
+    for trust in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run("train_segmenter", finished, name, trust_masks=trust)
+        trusted = [id_ for id_, path in used.items() if path == masks[id_]]
+        assert len(trusted) == (3 if trust or name == "ground_truth" else 0)
+        told = "3 of 16 images are trained on with their masks"
+        assert (told in capsys.readouterr().out) == (trust and name != "ground_truth")
+
+
+def test_a_report_counts_trusted_masks(run, finished):
+    projects.drop_masks(finished, "train", keep=2)
+    report = run("train_segmenter", finished, "last_round", trust_masks=True, epochs=1)
+    assert report["trusted_masks"] == 2 and report["images"] == 16
+    bounds = report["splits"]["val"]
+    assert bounds["miou_low"] <= bounds["miou"] <= bounds["miou_high"]

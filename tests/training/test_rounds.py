@@ -14,7 +14,7 @@ from support.sections import changed
 from isim.models import common
 from isim.params import Converged
 from isim.runtime.here import Here
-from isim.training.rounds import Rounds, converged, due
+from isim.training.rounds import Rounds, converged, due, told
 
 LOSSES = st.integers(0, 800).map(lambda value: value / 8)
 PAIRS = st.lists(st.tuples(LOSSES, LOSSES), max_size=12)
@@ -115,7 +115,15 @@ def test_gaps_are_within_the_bounds_and_the_certain_rounds_the_fewest(
     assert found == [] or params.epochs - found[-1] <= rule.cap
 
 
-ROW = {"cam_miou": 0.5, "pseudo_label_miou": float("nan"), "images_per_second": 2.0}
+ROW = {"cam_miou": 0.5, "pseudo_label_miou": math.nan, "coverage": 0.3, "images_per_second": 2.0}
+
+
+def test_a_round_without_masks_tells_what_needs_none():
+    label = "pseudo-label covers 30 % of the pixels (no masks to score it), 2.0 images/s"
+    assert told(ROW) == f"CAM mIoU 50.00, {label}"
+    assert told(ROW | {"cam_miou": math.nan}) == label
+
+
 SCORES = SimpleNamespace(row=lambda: ROW, per_class=lambda names: [{"class": n} for n in names])
 
 

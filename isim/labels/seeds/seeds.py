@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 
 from isim.metrics import BACKGROUND, IGNORE
 
+# Bins of the heights that a threshold is chosen from.
+BINS = 256
+
 
 def peak(
     cam: NDArray[np.float32], class_ids: NDArray[np.int64]
@@ -51,12 +54,22 @@ def grow(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float
 def otsu(heights: NDArray[np.float32]) -> float:
     """Choose the threshold (N. Otsu, 1979) that parts heights in [0, 1] into two classes best.
 
-    It maximises the variance between the classes of a histogram of 256 bins; 0.5 for heights that
-    are all of one bin.
+    It maximises the variance between the classes of their `histogram`; 0.5 for heights that are all
+    of one bin.
     """
-    counts, edges = np.histogram(heights, 256, (0, 1))
+    return otsu_of(histogram(heights))
+
+
+def histogram(heights: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Count heights in [0, 1] in 256 bins; counts of several images may be added."""
+    return np.histogram(heights, BINS, (0, 1))[0]
+
+
+def otsu_of(counts: NDArray[np.int64]) -> float:
+    """Choose the threshold of `otsu` by a `histogram`."""
+    edges = np.linspace(0, 1, BINS + 1)
     below = np.cumsum(counts)[:-1].astype(np.float64)
-    above = heights.size - below
+    above = counts.sum() - below
     sums = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2

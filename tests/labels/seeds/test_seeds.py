@@ -82,6 +82,8 @@ def test_otsu_of_two_heaps_lies_between_and_of_none_is_half():
     assert 0.35 < seeds.otsu(heaps.clip(0, 1).astype(np.float32)) < 0.65
     for heights in (np.zeros(0, np.float32), np.full(5, 0.3, np.float32), np.ones(2, np.float32)):
         assert seeds.otsu(heights) == 0.5
+    parts = [seeds.histogram(some.clip(0, 1).astype(np.float32)) for some in np.split(heaps, 4)]
+    assert seeds.otsu_of(sum(parts)) == seeds.otsu(heaps.clip(0, 1).astype(np.float32))
 
 
 @given(
