@@ -154,7 +154,7 @@ def _repositories(folder: Path, there: set[str]) -> None:
 
 def _inside_git(git: str, folder: Path) -> bool:
     asked = [git, "rev-parse", "--is-inside-work-tree"]
-    done = subprocess.run(asked, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(asked, cwd=folder, capture_output=True, encoding="utf-8")
     return done.returncode == 0 and done.stdout.strip() == "true"
 
 
