@@ -159,7 +159,7 @@ def _inside_git(git: str, folder: Path) -> bool:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
     if done.returncode:
         name = " ".join(part for part in command[-4:] if not part.startswith(("-", "/")))
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
