@@ -53,9 +53,14 @@ def tables(root: Path) -> list[Table]:
     """List the tables of mIoUs; one that would hold none is left out. Errors as of `table`."""
     rounds = root / "reports/train_cam/rounds.csv"
     final, walk = (root / f"reports/{name}/metrics.json" for name in ("evaluate", "random_walk"))
-    # Not the folders that are there: those of a label set that was taken from the list stay.
-    names = [labels.name for labels in load(root / "params.yaml").label_sets]
-    segmenters = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
+    params = root / "params.yaml"
+    if params.exists():
+        # Not the folders that are there: those of a label set that was taken from the list stay.
+        names = [labels.name for labels in load(params).label_sets]
+        segmenters = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
+    else:
+        # The dry run of a plan has stages alone.
+        segmenters = sorted(root.glob("reports/train_segmenter/*/metrics.json"))
     makers: list[tuple[Path, Callable[[Path], Table]]] = [
         (rounds, _rounds),
         (final, _final),
