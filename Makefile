@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STORE := from pathlib import Path; from isim.reporting import store; \
   uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
 
-.PHONY: demo demo-evidence test lint ui bench database
+.PHONY: demo demo-evidence test lint ui bench docs database
 
 demo: database
 	dvc repro
@@ -41,6 +41,10 @@ database: $(INSTALLED)
 
 bench: $(INSTALLED)
 	python benchmarks/all.py
+
+# Needs no network, and the site none either: site/index.html.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --clean --quiet
 
 # One stamp for the whole environment: it is renewed when what it was built from changes.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -63,7 +63,7 @@ class Segmenter:
 
     @classmethod
     def load(cls, path: str | Path, *, side: int = SIDE, precision: str = "auto") -> Self:
-        """Load a checkpoint, models/train_segmenter/<label set>/model.safetensors.
+        """Load a checkpoint, `models/train_segmenter/<label set>/model.safetensors`.
 
         Images with a longer side than `side` are worked on at that. Raises UserError where the file
         is no such checkpoint.
@@ -101,7 +101,7 @@ class CamModel:
         side: int = SIDE,
         precision: str = "auto",
     ) -> Self:
-        """Load a checkpoint, models/train_cam/model.safetensors; arguments as for `Segmenter`.
+        """Load a checkpoint, `models/train_cam/model.safetensors`; arguments as for `Segmenter`.
 
         CAMs are summed over `scales` of the image and of its mirror image (not by method frozen).
         """
@@ -207,7 +207,7 @@ class Project:
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Figures of the stages that have run, reports/<stage>/metrics.json, by stage."""
+        """Figures of the stages that have run, `reports/<stage>/metrics.json`, by stage."""
         folder = self.root / "reports"
         found = sorted(folder.rglob("metrics.json"))
         return {

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
 # Run, or loaded by a library, rather than imported.
-TOOLS = {"codespell", "mypy", "pre-commit", "psycopg2-binary", "ruff", "setuptools"}
+TOOLS = {"codespell", "mkdocs-material", "mkdocstrings", "mypy", "pre-commit", "psycopg2-binary"}
+TOOLS |= {"ruff", "setuptools"}
 
 
 def plain(name):
