@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isim.errors import UserError
-from isim.labels.crf.refine import LEAST_PROBABILITY
+from isim.labels.crf.refine import LEAST_PROBABILITY, working_size
 from isim.params import Crf
 
 # A thread adds up to so many values; a lattice point of a plain area has tens of thousands.
@@ -50,6 +50,11 @@ def refine_batch(
     Returns:
         (H, W) uint8 labels each, out of 0 and the image's `class_ids`, on the same device.
     """
+    sizes = [working_size(*image.shape[1:]) for image in images]
+    if any(size != tuple(image.shape[1:]) for size, image in zip(sizes, images, strict=True)):
+        small = [_resized(image, size, "area") for image, size in zip(images, sizes, strict=True)]
+        cut = [_resized(seed[None], size)[0] for seed, size in zip(seeds, sizes, strict=True)]
+        return _grown(refine_batch(small, cut, class_ids, settings), images)
     results = [torch.zeros_like(seed) for seed in seeds]
     for batch in _batches(images, [1 + len(ids) for ids in class_ids], settings):
         # Labels of each image, ascending, and the place of each label among them.
@@ -81,12 +86,29 @@ def refine_soft_batch(
     Returns:
         (H, W) uint8 labels 0..L-1 each, indices of the planes, on the same device.
     """
+    sizes = [working_size(*image.shape[1:]) for image in images]
+    if any(size != tuple(image.shape[1:]) for size, image in zip(sizes, images, strict=True)):
+        small = [_resized(image, size, "area") for image, size in zip(images, sizes, strict=True)]
+        given = zip(probabilities, sizes, strict=True)
+        smaller = [_resized(own, size, "area") for own, size in given]
+        return _grown(refine_soft_batch(small, smaller, settings), images)
     results = [torch.zeros_like(image[0]) for image in images]
     for batch in _batches(images, [len(planes) for planes in probabilities], settings):
         planes = torch.cat([probabilities[i].float().flatten(1) for i in batch.places], 1)
         logits = _infer(batch, planes.clamp(LEAST_PROBABILITY, 1).log_().T, settings)
         batch.hand_out(_labels(logits).byte(), results)
     return results
+
+
+def _resized(planes: Tensor, size: tuple[int, ...], mode: str = "nearest-exact") -> Tensor:
+    """Resize (C, H, W), keeping the type."""
+    resized = F.interpolate(planes[None].float(), size, mode=mode)[0]
+    return resized.round_().to(planes.dtype) if planes.dtype == torch.uint8 else resized
+
+
+def _grown(labels: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+    pairs = zip(labels, images, strict=True)
+    return [_resized(label[None], tuple(image.shape[1:]))[0] for label, image in pairs]
 
 
 @dataclass(frozen=True)

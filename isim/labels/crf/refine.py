@@ -4,7 +4,9 @@
 """
 
 import math
+from typing import Any
 
+import cv2
 import numpy as np
 import pydensecrf.densecrf as densecrf
 from numpy.typing import NDArray
@@ -14,6 +16,9 @@ from isim.labels.crf import kernel
 from isim.params import Crf
 from isim.runtime import kernels
 
+# Pixels of an image above which its dCRF is computed on a smaller copy: of 24 million pixels the
+# lattices alone would take many gigabytes, and the kernels' widths are meant for VOC's images.
+LARGEST = 2_000_000
 # Probabilities below count as this, as in pydensecrf.
 LEAST_PROBABILITY = 1e-5
 
@@ -25,6 +30,8 @@ def refine(
     settings: Crf,
 ) -> NDArray[np.uint8]:
     """Refine a seed along the image's edges by mean-field inference (spec 5, set `labels`).
+
+    An image of more than `LARGEST` pixels is refined at that size.
 
     Args:
         image: (H, W, 3) RGB.
@@ -42,6 +49,10 @@ def refine(
     if len(class_ids) == 0:
         # One label only: its unary would be log(1 - p) / 0, and nothing is left to decide.
         return np.zeros_like(seed)
+    if (small := working_size(*seed.shape)) != seed.shape:
+        reduced = _grown(seed, small)
+        refined = refine(_reduced(image, small), reduced, class_ids, settings)
+        return _grown(refined, seed.shape)
     labels = np.concatenate([[0], np.sort(class_ids)]).astype(np.uint8)
     # Other labels come out of range, and are refused.
     places = np.full(256, 255, np.uint8)
@@ -63,7 +74,7 @@ def refine_soft(
 ) -> NDArray[np.uint8]:
     """Refine class probabilities along the image's edges (spec 5, sets `soft` and `segmenter`).
 
-    All L labels take part, however improbable. Errors are those of `refine`.
+    All L labels take part, however improbable. Large images and errors are as of `refine`.
 
     Args:
         image: (H, W, 3) RGB.
@@ -76,12 +87,30 @@ def refine_soft(
     size = probabilities.shape[1:]
     if len(probabilities) == 1:
         return np.zeros(size, np.uint8)
+    if (small := working_size(*size)) != size:
+        planes = np.stack([_reduced(plane, small) for plane in probabilities])
+        return _grown(refine_soft(_reduced(image, small), planes, settings), size)
     if uses_kernel():
         unary = -np.log(np.maximum(probabilities, LEAST_PROBABILITY))
         unary = unary.reshape(len(unary), -1)
         return kernel.infer(image, settings, np.empty(size, np.uint8), unary=unary)
     unary = unary_from_softmax(probabilities, clip=LEAST_PROBABILITY)
     return _most_probable(_reference(image, unary, settings), size)
+
+
+def working_size(height: int, width: int) -> tuple[int, int]:
+    """Size in pixels that a dCRF of an image of (H, W) is computed at."""
+    factor = math.sqrt(min(1.0, LARGEST / (height * width)))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _reduced(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    return np.asarray(cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA))
+
+
+def _grown(label: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
+    height, width = size
+    return np.asarray(cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST))
 
 
 def marginals(

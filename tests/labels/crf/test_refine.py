@@ -192,3 +192,19 @@ def test_energies_of_labels_are_those_of_the_seed():
     # Where a label is not known no one is more likely.
     assert len(set(found[:, 1, 1].tolist())) == 1
     assert refine.label_energies(label, 1, 0.7).shape == (1, 2, 3)
+
+
+def test_a_large_image_is_refined_at_a_smaller_size(crf, monkeypatch):
+    """Both halves of a picture get the label that most of their seed has, at full size."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[:, 37:] = 255
+    seed = np.where(image[..., 0] > 0, IDS[0], 0).astype(np.uint8)
+    seed[10:20, 30:45] = IDS[1]
+    whole = crf.refine(image, seed, IDS, LABELS)
+    monkeypatch.setattr(refine, "LARGEST", 60 * 80 / 4)
+    assert refine.working_size(60, 80) == (30, 40)
+    small = crf.refine(image, seed, IDS, LABELS)
+    assert small.shape == (60, 80) and (small == whole).mean() > 0.97
+    planes = np.stack([seed != label for label in (4, 0)]).astype(np.float32) * 0.8 + 0.1
+    soft = crf.refine_soft(image, planes / planes.sum(0), SEGMENTER)
+    assert soft.shape == (60, 80) and (soft == (image[..., 0] > 0)).mean() > 0.9
