@@ -18,8 +18,13 @@ LINKS = """Where to look next
   data/random_walk/         the label maps of the random walk
   data/predictions/         what the segmenters make of the images
   dvc plots show            mIoU over the rounds, losses, classes: dvc_plots/index.html
-  make ui                   every run in MLflow
-  isim preset --list        other data sets and methods; then `dvc repro`"""
+  {ui}
+  isim plan                 how long the next `dvc repro` takes"""
+# The clone of isim has a Makefile, a project of one's own has none.
+_UI = {
+    True: "make ui                   every run in MLflow",
+    False: "mlflow ui --backend-store-uri sqlite:///mlflow.db: every run in MLflow",
+}
 
 
 class Table(NamedTuple):
@@ -46,7 +51,8 @@ def table(root: Path) -> str:
         parts.append("\n".join(["How far to trust the masks", *(f"  {line}" for line in said)]))
     if not parts:
         raise UserError(f"{root / 'reports'} holds no results yet; run `dvc repro` first")
-    return "\n\n".join((*parts, LINKS))
+    links = LINKS.format(ui=_UI[(root / "Makefile").exists()])
+    return "\n\n".join((*parts, links))
 
 
 def tables(root: Path) -> list[Table]:
