@@ -90,7 +90,7 @@ def test_a_run_leaves_a_clean_tree_and_the_result_table(project):
     assert run(project, "git", "status", "--porcelain") == ""
     table = run(project, "isim", "results")
     rows = [line.split() for line in table.splitlines()]
-    assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == ["1", "2"]
+    assert [row[0] for row in rows if len(row) == 6 and row[0].isdigit()] == ["1", "2"]
     assert {"train", "val"} <= {row[0] for row in rows if row}
     assert {*LABEL_SETS} <= {row[0] for row in rows if row}
     for place in ("reports/", "data/pseudo_labels/", "make ui"):

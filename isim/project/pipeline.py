@@ -13,7 +13,8 @@ from isim.params import Prepare
 from isim.project import lock
 
 # A copy of the clone's dvc.yaml after `template`: a wheel has no other.
-COPY = Path(__file__).with_name("dvc.yaml")
+# Not named dvc.yaml: DVC would take it for a pipeline of the clone.
+COPY = Path(__file__).with_name("pipeline.yaml")
 PLOTS = Path(__file__).with_name("plots")
 
 _HEAD = f"""\
