@@ -125,6 +125,11 @@ def test_the_recipe_runs_to_the_end_without_masks(finished):
     trained = prepared["splits"]["train"]
     assert len(list((project / "data/pseudo_labels/round_03").iterdir())) == trained
     assert (project / "models/train_segmenter/last_round/model.safetensors").exists()
+    assert len(list((project / "data/masks").glob("*.png"))) == 18
+    assert (project / "reports/index.html").exists()
+    assert len(list((project / "masks").glob("*.png"))) == 2, "of new_photos"
+    exported = json.loads((project / "coco.json").read_text())
+    assert len(exported["images"]) == 18 and exported["annotations"]
     assert not (project / "photos").exists() and not (project / "images").exists()
 
 
@@ -134,6 +139,8 @@ def test_git_keeps_parameters_and_figures_and_no_result(run, finished):
     assert code == 0
     names = {line for line in printed.splitlines() if not line.startswith(".dvc/")}
     ours = {"params.yaml", "dvc.yaml", "dvc.lock", "isim.lock", "README.md"}
+    # What the person has asked for by name.
+    names -= {name for name in names if name == "coco.json" or name.startswith("masks/")}
     figures = {name for name in names if re.fullmatch(r"reports/.*/metrics\.json", name)}
     assert names - figures == ours | {".gitignore", ".dvcignore"} and len(figures) > 5
 
