@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ FORMAT = 2
 INSIDE = "prepared:"
 # Below `home`: sizes and times of the files that were prepared; it may be deleted at any time.
 _RECORD = ".isim/prepared_files.json"
+# Likewise, the splits of images; DVC removes those in `FOLDER` before they are made anew.
+_SPLITS = ".isim/prepared_splits.json"
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,27 @@ def remember(base: Path, files: Mapping[Path, str]) -> None:
         for path, md5 in files.items()
     }
     write_json(base / _RECORD, record)
+
+
+def remember_splits(base: Path, splits: Mapping[str, Sequence[str]]) -> None:
+    """Keep the ids of each split, for `moved`; `base` is `runtime.paths.home`.
+
+    Raises UserError when the record cannot be written.
+    """
+    write_json(base / _SPLITS, {name: list(ids) for name, ids in splits.items()})
+
+
+def moved(base: Path, splits: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
+    """List the ids that went from val to train, and from train to val, since they were kept."""
+    before = _record(base / _SPLITS)
+
+    def went(old: str, new: str) -> list[str]:
+        ids = set(before.get(old, ()))
+        # Splits of a devkit may share images.
+        ids -= set(before.get(new, ()))
+        return [id_ for id_ in splits.get(new, ()) if id_ in ids and id_ not in splits.get(old, ())]
+
+    return went("val", "train"), went("train", "val")
 
 
 def require_unchanged(root: Path) -> None:

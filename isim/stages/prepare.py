@@ -52,6 +52,7 @@ def _prepare(params: Prepare, keep: Callable[[Source], Source], here: Stage) -> 
         _write_lists(source, checked, data, out)
         files = {path: md5 for result in checked.values() for path, _, md5 in result.files}
     prepared.remember(home(here.root), {p: m for p, m in files.items() if p.exists()})
+    prepared.remember_splits(home(here.root), source.splits)
     figures, counts = _figures(source, checked), _counts(source, checked)
     write_json(here.reports / "metrics.json", figures)
     write_csv(here.reports / "counts.csv", counts)
@@ -70,6 +71,7 @@ def _read(
         examined = examine(keep(readers.read(params, data, out)), treatment)
         source, checked = examined.source, examined.results
         found = [*examined.problems, *review.review(source, checked)]
+        found += _moved(source, here)
     except UserError as error:
         _write_problems([Problem("unusable data", str(error))], here)
         raise
@@ -81,6 +83,18 @@ def _read(
     if not source.splits.get(next(iter(source.splits))):
         raise UserError(f"no image of the first split is left; look at {problems.FILE}")
     return source, checked, found
+
+
+def _moved(source: Source, here: Stage) -> list[Problem]:
+    """Tell of images that were in another one of train and val when the stage last ran."""
+    to_train, to_val = prepared.moved(home(here.root), source.splits)
+    if not to_train and not to_val:
+        return []
+    what = (
+        f"val is not that of the last run: {len(to_train)} images went to train, {len(to_val)} "
+        f"came from there, such as {[*to_train, *to_val][0]}; do not compare figures on val"
+    )
+    return [Problem("val has changed", what, error=False)]
 
 
 def _write_problems(found: Sequence[Problem], here: Stage) -> None:

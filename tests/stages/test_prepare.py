@@ -1,6 +1,7 @@
 """Stage prepare: what it writes loads again, and a failure leaves nothing half-written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_notes_figures_and_disagreements_are_told(project, make_devkit, capsys, 
     assert {row["kind"] for row in rows} >= {"tags that a mask contradicts"}
     assert "\ntest: 1 of its 1 images are not in" in out
     assert "\ntrainaug is a part or variant of, not the official list of 10,582 images\n" in out
+
+
+def test_images_that_leave_val_are_told(project, devkit, caplog):
+    prepare.run(section("voc"), project)
+    (devkit / "ImageSets/Segmentation/train.txt").write_text("a\nc\n")
+    (devkit / "ImageSets/Segmentation/val.txt").write_text("b\n")
+    # As DVC does before it runs a stage.
+    shutil.rmtree(project / "data/prepared")
+    prepare.run(section("voc"), project)
+    words = "val is not that of the last run: 1 images went to train, 1 came from there, such as c"
+    assert any(words in record.getMessage() for record in caplog.records)
+    prepare.run(section("voc"), project)
+    rows = read_rows(project / "reports/prepare/problems.csv")
+    assert "val has changed" not in {row["kind"] for row in rows}
 
 
 def test_failure_leaves_everything_as_it_was(project, devkit, monkeypatch):

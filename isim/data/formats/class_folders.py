@@ -3,18 +3,16 @@
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from isim.data.formats.tagged import BACKGROUND_NAME, SPLITS, Tagged, Tags
+from isim.data.formats.tagged import BACKGROUND_NAME, NONE_NAME, SPLITS, Tagged, Tags
 from isim.data.problems import Problem
-
-# The folder of images that show none of the classes.
-NONE = "none"
 
 
 def read(ids: Iterable[str]) -> Tags:
     """Read the tags off ids, which are paths: the first folder of each is its class.
 
-    Folders train, val and test, if there are no others, are splits, and the next ones classes. An
-    image that lies in no class's folder has no row: its tags are unknown.
+    Folders train, val and test, if there are no others, are splits, and the next ones classes; two
+    of them beside others are a problem. Images in the folder `none` show none of the classes; one
+    that lies in no class's folder has no row: its tags are unknown.
     """
     paths = [(name, PurePosixPath(name).parts[:-1]) for name in ids]
     firsts = {folders[0] for _, folders in paths if folders}
@@ -22,6 +20,14 @@ def read(ids: Iterable[str]) -> Tags:
     rows, problems, notes = [], [], []
     if by_split:
         notes.append(f"the folders {', '.join(sorted(firsts))} are splits")
+    named = sorted(name for name in firsts if name.lower() in SPLITS)
+    if not by_split and len({SPLITS[name.lower()] for name in named}) > 1:
+        others = sorted(firsts.difference(named))
+        what = (
+            f"the folders {', '.join(named)} are splits only if there are no others, such as "
+            f"{others[0]}; move the others elsewhere, or name a label file in prepare.labels"
+        )
+        problems.append(Problem("splits beside other folders", what, others[0]))
     negatives = 0
     for name, folders in paths:
         split = SPLITS[folders[0].lower()] if by_split and folders else ""
@@ -31,14 +37,14 @@ def read(ids: Iterable[str]) -> Tags:
         label = classes[0]
         if label.lower() == BACKGROUND_NAME:
             what = (
-                f"folder {'/'.join(folders)}: `{label}` is no class; call it `{NONE}` if its "
+                f"folder {'/'.join(folders)}: `{label}` is no class; call it `{NONE_NAME}` if its "
                 "images show none of the classes"
             )
             problems.append(Problem("background as a class", what, name))
             continue
-        none = label.lower() == NONE
+        none = label.lower() == NONE_NAME
         negatives += none
         rows.append(Tagged(name, () if none else (label,), f"folder {label}", split))
     if negatives:
-        notes.append(f"folder {NONE}: {negatives} images that show none of the classes")
+        notes.append(f"folder {NONE_NAME}: {negatives} images that show none of the classes")
     return Tags(tuple(rows), tuple(problems), tuple(notes))

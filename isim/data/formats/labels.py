@@ -10,6 +10,8 @@ from isim.data.formats.tagged import Tags
 from isim.errors import UserError
 
 AUTO = "auto"
+# The form of labels that are the folders of the images.
+FOLDERS = "a folder for each class"
 # Names of label files that are taken before others.
 _USUAL = ("labels", "tags")
 _JSON = {".json", *json_files.LINES}
@@ -64,7 +66,7 @@ def _folder(path: Path, images: Path, listing: Listing) -> Read:
     if paths:
         return Read(annotation.read(path, paths), None, f"annotations in {path.name}")
     if path.resolve() == images.resolve():
-        return Read(class_folders.read(listing.images), None, "a folder for each class")
+        return Read(class_folders.read(listing.images), None, FOLDERS)
     raise UserError(
         f"prepare.labels: the folder {path} holds no annotations (.xml), and is not that of the "
         "images; name a label file"
@@ -112,7 +114,7 @@ def _folders_of(_: Path, __: Path, listing: Listing) -> Read | None:
     tags = class_folders.read(listing.images)
     if not tags.rows and not tags.problems:
         return None
-    return Read(tags, None, "a folder for each class")
+    return Read(tags, None, FOLDERS)
 
 
 def _existing(root: Path, names: tuple[str, ...]) -> list[Path]:

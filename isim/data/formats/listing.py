@@ -122,7 +122,8 @@ class Names:
     """Finds an image by its name in a label file.
 
     The name may have folders before it that are not below the listed one, lack folders where no
-    other image has it, lack the suffix, and differ in case; the latter is counted in `by_case`.
+    other image has it, lack the suffix, and differ in case or in blanks around it; what differs in
+    case, or lacks blanks, is in `by_case`.
     """
 
     def __init__(self, listing: Listing) -> None:
@@ -141,25 +142,25 @@ class Names:
         self._known = {id_: id_ for id_ in paths} | {name: id_ for id_, name in paths.items()}
         for name, id_ in self._known.items():
             self._bare.setdefault(PurePosixPath(name).name, set()).add(id_)
-            self._folded.setdefault(name.casefold(), set()).add(id_)
-            last = PurePosixPath(name).name.casefold()
+            folded = _folded(name)
+            self._folded.setdefault(folded, set()).add(id_)
+            last = PurePosixPath(folded).name
             self._folded.setdefault(f"*/{last}", set()).add(id_)
 
     def find(self, name: str) -> set[str]:
         """Find the ids that a name may mean: one where it is clear, none where it is missing."""
-        text = unicodedata.normalize("NFC", name.strip()).replace("\\", "/")
-        parts = [part for part in text.split("/") if part not in ("", ".")]
-        if not parts:
-            return set()
-        # Without the folders before the listed one, as few as possible.
-        tails = ["/".join(parts[start:]) for start in range(len(parts))]
-        for tail in tails:
-            if tail in self._known:
-                return {self._known[tail]}
-        if found := self._bare.get(parts[-1]) if len(parts) == 1 else None:
-            return found
-        for tail in (*tails, *([f"*/{parts[0]}"] if len(parts) == 1 else [])):
-            if found := self._folded.get(tail.casefold()):
+        given = unicodedata.normalize("NFC", name).replace("\\", "/")
+        # A file's name may begin with a blank; those of a table's cell mean nothing.
+        for text in dict.fromkeys((given, given.strip())):
+            tails = _tails(text)
+            for tail in tails:
+                if tail in self._known:
+                    return {self._known[tail]}
+            if found := self._bare.get(tails[0]) if len(tails) == 1 else None:
+                return found
+        tails = _tails(_folded(given))
+        for tail in (*tails, *([f"*/{tails[0]}"] if len(tails) == 1 else [])):
+            if found := self._folded.get(tail):
                 self.by_case |= dict.fromkeys(found, name)
                 return found
         return set()
@@ -168,3 +169,14 @@ class Names:
         """Find the file of a name that is there in a format that is not read."""
         last = unicodedata.normalize("NFC", name.strip()).replace("\\", "/").rpartition("/")[2]
         return self._others.get(last.casefold())
+
+
+def _tails(text: str) -> list[str]:
+    """List a path without none, one, ... of its first folders: those before the listed one."""
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _folded(path: str) -> str:
+    """Return a path in the form in which case, and blanks around its parts, do not matter."""
+    return "/".join(part.strip() for part in path.casefold().split("/"))

@@ -16,6 +16,15 @@ DELIMITERS = ",;\t|"
 # Cells of a column that stands for a class.
 _YES = {"1", "1.0", "true", "yes", "y", "x"}
 _NO = {"0", "0.0", "false", "no", "n", "-1", ""}
+# Columns of 0 and 1, or of numbers, that annotation tools write beside those of classes; names are
+# compared without `_`.
+_NO_CLASSES = {
+    "fold", "kfold", "index", "unnamed:0", "row", "difficult", "crowd", "iscrowd", "truncated",
+    "istruncated", "occluded", "isoccluded", "groupof", "isgroupof", "isdepiction", "isinside",
+    "segmented", "verified", "reviewed", "checked", "width", "height", "depth", "channels", "size",
+    "area", "xmin", "ymin", "xmax", "ymax", "confidence", "score", "weight",
+}  # fmt: skip
+_UNUSED = "columns that are not used"
 # Line of the file and its cells.
 _Line = tuple[int, list[str]]
 
@@ -24,11 +33,13 @@ def read(path: Path) -> Tags:
     """Read a table of labels.
 
     The header names a column of images, and one of labels, or none: then every column of 0 and 1
-    is a class. Labels in a cell are parted by `;` or `|`, in a file that has none by `,`, quoted or
-    not. Several rows of an image are taken together by who reads the tags.
+    is a class, and another cell in it a problem. Labels in a cell are parted by `;` or `|`, in a
+    file that has none by `,`, quoted or not. Several rows of an image are taken together by who
+    reads the tags.
 
     Raises:
-        UserError: The file is unreadable, not UTF-8, or has no such header; the line is shown.
+        UserError: The file is unreadable, not UTF-8, has no such header, or a quote that is not
+            closed; the line is shown.
     """
     header, lines = _parsed(path)
     image = tagged.column(header, IMAGE_NAMES)
@@ -55,16 +66,37 @@ def _parsed(path: Path) -> tuple[list[str], list[_Line]]:
         if delimiter in "\n\"'":
             raise _no_header(path, [first])
         names = next(csv.reader([header], delimiter=delimiter), [])
-        reader = csv.reader(io.StringIO(rest), delimiter=delimiter)
-        lines = [
-            (skipped + reader.line_num, cells) for cells in reader if any(map(str.strip, cells))
-        ]
+        lines = _lines(path, list(io.StringIO(rest)), delimiter, skipped)
     except (OSError, ValueError, csv.Error) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot read {path} ({reason}); write one with the columns image,labels in UTF-8"
         ) from error
     return [name.strip() for name in names], lines
+
+
+def _lines(path: Path, given: list[str], delimiter: str, skipped: int) -> list[_Line]:
+    """Part lines into cells; `skipped` are the lines of the file before them."""
+    reader = csv.reader(given, delimiter=delimiter)
+    found = []
+    start = 0
+    while start < len(given):
+        try:
+            cells = next(reader)
+            # Read again, for a quote that another row's closes takes the rows between for a cell.
+            list(csv.reader(given[start : reader.line_num], delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            if reader.line_num - start > 1 or "unexpected end" in str(error):
+                raise UserError(
+                    f"{path}: unclosed quote, line {skipped + start + 1}; close it, or write '\"\"'"
+                    f" for a quote in a cell; found: {_short(given[start].strip())}"
+                ) from error
+            if "expected after" not in str(error):
+                raise
+        start = reader.line_num
+        if any(map(str.strip, cells)):
+            found.append((skipped + reader.line_num, cells))
+    return found
 
 
 def _delimiter(header: str) -> str:
@@ -101,7 +133,7 @@ class _Table:
 
     def labelled(self, label: int) -> Tags:
         """Read a table with a column of labels."""
-        self._tell_unknown({label, self.image, self.split})
+        self._tell_unused({label, self.image, self.split}, label)
         width, last = len(self.header), label == len(self.header) - 1
         cells: list[tuple[_Line, str, list[str]]] = []
         surplus: list[int] = []
@@ -137,20 +169,17 @@ class _Table:
         """Read a table with a column a class."""
         taken = {self.image, self.split}
         width = len(self.header)
-        places: list[int] = []
-        other: list[int] = []
-        for place, name in enumerate(self.header):
-            values = {row[place].strip().lower() for _, row in self.lines if place < len(row)}
-            if place in taken or not name:
-                continue
-            fits = values <= _YES | _NO and values & (_YES | _NO - {""})
-            (places if fits else other).append(place)
-        if not places:
+        places = [
+            place
+            for place, name in enumerate(self.header)
+            if name and place not in taken and not _no_class(name) and self._is_class(place)
+        ]
+        if not places and self.lines:
             raise UserError(
                 f"{self.path} has neither a column of labels, such as `labels`, nor columns of 0 "
                 f"and 1, one a class; found: {','.join(self.header)[:80]}"
             )
-        self._tell_unknown({*places, *taken})
+        self._tell_unused({*places, *taken})
         names = ", ".join(self.header[place] for place in places)
         self.notes.append(f"{self.path.name}: a column a class ({_short(names)})")
         rows = []
@@ -158,17 +187,31 @@ class _Table:
             if len(row) != width:
                 self._refuse(line, row, f"has {len(row)} cells, the header {width}")
                 continue
+            for place in places:
+                if not _fits(row[place]):
+                    why = f"column '{_short(self.header[place])}': '{_short(row[place].strip())}'"
+                    self._refuse(line, row, f"{why} is neither 0 nor 1; mend it or drop the column")
             chosen = [self.header[p] for p in places if row[p].strip().lower() in _YES]
             rows.append(self._tagged(line, row, tagged.distinct(chosen)))
         return self._tags(rows)
+
+    def _is_class(self, place: int) -> bool:
+        """Tell whether at least half of a column's cells that are not empty are 0 or 1.
+
+        To leave out the class for one odd cell would make negatives of its images.
+        """
+        cells = [row[place] for _, row in self.lines if place < len(row) and row[place].strip()]
+        return bool(cells) and 2 * sum(map(_fits, cells)) >= len(cells)
 
     def _tags(self, rows: list[Tagged]) -> Tags:
         return Tags(tuple(rows), tuple(self.problems), tuple(self.notes))
 
     def _tagged(self, line: int, row: list[str], labels: tuple[str, ...]) -> Tagged:
         where = f"{self.path.name} line {line}"
-        name = row[self.image].strip()
-        if not name:
+        # Blanks may be of the file's name.
+        name = row[self.image]
+        if not name.strip():
+            name = ""
             self._refuse(line, row, "names no image")
         told = row[self.split] if self.split is not None and self.split < len(row) else ""
         return Tagged(name, labels, where, tagged.split_of(told, where, self.problems))
@@ -178,10 +221,26 @@ class _Table:
         what = f"{where} {why}; found: {_short(','.join(row))}"
         self.problems.append(Problem("unusable row", what, str(self.path)))
 
-    def _tell_unknown(self, known: set[int | None]) -> None:
-        other = [name for place, name in enumerate(self.header) if place not in known and name]
-        if other:
-            self.notes.append(f"{self.path.name}: columns not used: {_short(', '.join(other))}")
+    def _tell_unused(self, used: set[int | None], label: int | None = None) -> None:
+        for place, name in enumerate(self.header):
+            if place in used or not name:
+                continue
+            kind, why = _UNUSED, ""
+            if label is not None and tagged.plain(name) in LABEL_NAMES:
+                kind = "second column of labels"
+                why = f": the labels are those of '{self.header[label]}'"
+            elif label is None and _no_class(name) and self._is_class(place):
+                why = ": its name is not that of a class; rename it if it is one"
+            what = f"{self.path.name}: column '{_short(name)}' is not used{why}"
+            self.problems.append(Problem(kind, what, str(self.path), error=False))
+
+
+def _fits(cell: str) -> bool:
+    return cell.strip().lower() in _YES | _NO
+
+
+def _no_class(name: str) -> bool:
+    return tagged.plain(name).replace("_", "") in _NO_CLASSES
 
 
 def _names(cell: str, marks: Sequence[str]) -> list[str]:

@@ -26,6 +26,9 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 BACKGROUND_NAME = "background"
+# The label that stands for no label, and texts, in small letters, that may mean this or `unknown`.
+NONE_NAME = "none"
+NO_NAMES = {"nan", "na", "n/a", "#n/a", "<na>", "null", "-", "--", "?"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A person's own images: a folder of photographs, with labels and masks of any usual form."""
 
-from collections.abc import Mapping
+import itertools
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,9 @@ from isim.data.formats import listing as listings
 from isim.data.formats import masks as mask_files
 from isim.data.formats import tagged
 from isim.data.formats.instances import Instances, class_ids
+from isim.data.formats.labels import Read
 from isim.data.formats.listing import Listing, Names
-from isim.data.formats.tagged import BACKGROUND_NAME, Tagged
+from isim.data.formats.tagged import BACKGROUND_NAME, NO_NAMES, NONE_NAME, Tagged
 from isim.data.problems import Problem
 from isim.data.sources import splits
 from isim.data.sources.source import MAX_CLASSES, Entry, Source, label_problems
@@ -22,6 +25,9 @@ from isim.runtime.helpers import in_threads
 
 # Names of the folders of images and masks: a person's own, and VOC's.
 _IMAGES, _MASKS = ("images", "JPEGImages"), ("masks", "SegmentationClass")
+_ANNOTATIONS = ("Annotations", "annotations")
+# Masks of VOC that nothing here reads.
+_OBJECTS = "SegmentationObject"
 _CLASSES = "classes.txt"
 
 
@@ -29,10 +35,13 @@ _CLASSES = "classes.txt"
 class _Found:
     """Findings so far: by id, but for `missing`, by what is told of it.
 
-    `strict`: images that cannot be read are errors.
+    `strict`: images that cannot be read are errors. `listed`: the classes of `classes.txt`, if
+    there is one. `none`: the number of rows whose label says that there is none.
     """
 
     strict: bool
+    listed: tuple[str, ...] | None
+    none: int = 0
     labels: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
@@ -44,10 +53,10 @@ class _Found:
 def read(params: Prepare, root: Path, out: Path) -> Source:
     """Read labels and the names of images and masks; no image is opened.
 
-    docs/formats.md lists the forms that are read. Masks that are drawn from COCO's outlines go to
-    `out`/masks. Class ids are 1 + the position in `classes.txt` (one name a line), without that
-    file among the label names in natural order. An image without labels is none of `train` and
-    `val`, but `unlabelled`.
+    docs/formats.md lists the forms that are read. Masks that are drawn from COCO's outlines, of the
+    images that have no file of a mask, go to `out`/masks. Class ids are 1 + the position in
+    `classes.txt` (one name a line), without that file among the label names in natural order. An
+    image without labels is none of `train` and `val`, but `unlabelled`.
 
     Raises:
         UserError: A file or folder is missing or not of a form that is known.
@@ -56,20 +65,26 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
         raise UserError(f"{root} does not exist; put the images there, or mend prepare.root")
     images, masks = (_first(root, names) for names in (_IMAGES, _MASKS))
     images = images or root
-    aside = [path for path in (masks, root / "Annotations", root / "annotations") if path]
+    aside = [path for path in (masks, *(root / name for name in _ANNOTATIONS)) if path]
     listing = listings.images(images, aside)
     if not listing.images:
         told = [problem.what for problem in listings.passed_over(listing)[:1]]
         raise UserError(
             f"{images} holds no image that can be read; {told[0] if told else 'put some there'}"
         )
-    found, names = _Found(params.unreadable == "error"), Names(listing)
+    found = _Found(params.unreadable == "error", _listed(root / _CLASSES))
+    names = Names(listing)
     found.problems += [*listing.problems, *listings.passed_over(listing)]
+    found.problems += _elsewhere(root, images, masks)
     given = label_files.read(params.labels, root, images, listing)
+    if not given.tags.rows and not any(problem.error for problem in given.tags.problems):
+        raise UserError(f"{root}: {given.form} names no image; write a row for each image")
     found.problems += given.tags.problems
     found.notes += [f"labels: {given.form}", *given.tags.notes]
     for row in given.tags.rows:
         _add_row(row, names, found)
+    if found.none:
+        found.notes.append(f"labels: `{NONE_NAME}`, none of the classes, in {found.none} rows")
     _tell_names(names, found)
     classes = _classes(root, found)
     entries = {
@@ -83,8 +98,8 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     }
     scheme = mask_files.scheme(classes, params.mask_values, root)
     if masks:
-        entries = _with_masks(entries, masks, listing, found)
-    elif given.instances:
+        entries = _with_masks(entries, masks, listing, given, found=found)
+    if given.instances:
         entries = _with_outlines(entries, given.instances, names, classes, out=out, found=found)
     chosen = _splits(params, root, entries, names, found=found)
     kept = {id_: entry for id_, entry in entries.items() if id_ in chosen}
@@ -100,6 +115,35 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _elsewhere(root: Path, images: Path, masks: Path | None) -> Iterator[Problem]:
+    """Tell of images beside the folder of images, or in those of annotations: none is read."""
+    folders = [path for name in _ANNOTATIONS if (path := root / name).is_dir()]
+    if images != root:
+        below = sorted(path for path in root.iterdir() if path.is_dir() and path.name != _OBJECTS)
+        folders = [root, *below]
+    taken = {path.resolve() for path in (images, masks) if path}
+    found = {
+        path.resolve(): path
+        for folder in folders
+        if folder.resolve() not in taken and not folder.name.startswith(".")
+        for _, _, files in itertools.islice(os.walk(folder), 1)
+        for path in sorted(folder / name for name in files)
+        if path.suffix.lower() in listings.suffixes() and not path.name.startswith(".")
+    }
+    if found:
+        first = next(iter(found.values()))
+        what = (
+            f"{len(found)} images, such as {first}, do not lie in {images}: they are not read; "
+            "move them there if they belong to the data"
+        )
+        if images == root:
+            what = (
+                f"{len(found)} images, such as {first}, lie in a folder of annotations: they are "
+                "not read; rename the folder if it is a class"
+            )
+        yield Problem("images that are not read", what, str(first), error=False)
 
 
 def _add_row(row: Tagged, names: Names, found: _Found) -> None:
@@ -126,17 +170,39 @@ def _add_row(row: Tagged, names: Names, found: _Found) -> None:
     if row.split and found.splits.setdefault(id_, row.split) != row.split:
         what = f"{row.where}: {id_} is of split {found.splits[id_]} in {found.where[id_]}"
         found.problems.append(Problem("image in two splits", what, row.image))
-    if row.labels is not None:
-        if known is not None and bool(known) != bool(row.labels):
+    labels = _meant(row, found)
+    if labels is not None:
+        if known is not None and bool(known) != bool(labels):
             what = f"{row.where}: {id_} has a row without labels and one with; it has those"
             found.problems.append(Problem("rows that disagree", what, row.image, error=False))
-        found.labels[id_] = tagged.distinct((*(known or ()), *row.labels))
+        found.labels[id_] = tagged.distinct((*(known or ()), *labels))
     found.where.setdefault(id_, row.where)
+
+
+def _meant(row: Tagged, found: _Found) -> tuple[str, ...] | None:
+    """Return a row's labels without what names no class: `none`, and what may mean `unknown`."""
+    if row.labels is None:
+        return None
+    odd = [name for name in row.labels if name not in (found.listed or ())]
+    none = [name for name in odd if name.lower() == NONE_NAME]
+    nothing = [name for name in odd if name.lower() in NO_NAMES]
+    if none and len(none) < len(row.labels):
+        what = f"{row.where}: `{none[0]}` stands beside other labels; leave it out"
+        found.problems.append(Problem("none beside other labels", what, row.image))
+    elif none:
+        found.none += 1
+    for name in nothing:
+        what = (
+            f"{row.where}: is `{name}` a class? Leave the labels empty where an image shows none "
+            f"of the classes, drop the row where they are unknown, or list it in {_CLASSES}"
+        )
+        found.problems.append(Problem("labels that name nothing", what, row.image))
+    return tuple(name for name in row.labels if name not in (*none, *nothing))
 
 
 def _tell_names(names: Names, found: _Found) -> None:
     for id_, written in names.by_case.items():
-        what = f"label file: {written} is taken for {id_}, whose name differs in case"
+        what = f"label file: {written} is taken for {id_}, whose name differs in case or blanks"
         found.problems.append(Problem("names that differ in case", what, id_, error=False))
 
 
@@ -160,7 +226,7 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
         if ";" in name or "\n" in name:
             what = f"the label '{name[:40]}' has a `;` in it; rename the class"
             found.problems.append(Problem("unusable label", what))
-    classes = _listed(root / _CLASSES) or tuple(named)
+    classes = found.listed or tuple(named)
     found.problems += [
         Problem(
             "names with a comma",
@@ -197,24 +263,33 @@ def _listed(path: Path) -> tuple[str, ...] | None:
 
 
 def _with_masks(
-    entries: Mapping[str, Entry], folder: Path, listing: Listing, found: _Found
+    entries: Mapping[str, Entry], folder: Path, listing: Listing, given: Read, *, found: _Found
 ) -> dict[str, Entry]:
     """Give entries the masks of a folder that have their ids."""
     masks = listings.images(folder, read=mask_files.SUFFIXES)
+    others = [path for path in masks.others.values() if path.suffix.lower() in listings.suffixes()]
+    if given.form == label_files.FOLDERS and not masks.images.keys() & entries.keys():
+        if count := len(masks.images) + len(others):
+            what = (
+                f"{folder} is taken for the folder of masks, but none of its {count} files has the "
+                "name of an image; rename the folder if it is a class"
+            )
+            found.problems.append(Problem("folder of masks of no image", what, str(folder)))
+        return dict(entries)
     found.problems += masks.problems
     for name, path in masks.others.items():
         stem = name[: len(name) - len(path.suffix)]
         if stem in listing.images or path.suffix.lower() in listings.suffixes():
             what = f"mask {path} is in a format that is not read; save it as PNG"
             found.problems.append(Problem("mask in a format that is not read", what, str(path)))
-    given = dict(entries)
+    masked = dict(entries)
     for id_, path in masks.images.items():
-        if id_ in given:
-            given[id_] = replace(given[id_], mask=path)
+        if id_ in masked:
+            masked[id_] = replace(masked[id_], mask=path)
         else:
             what = f"{path} is the mask of no image"
             found.problems.append(Problem("mask without an image", what, str(path)))
-    return given
+    return masked
 
 
 def _with_outlines(
@@ -226,13 +301,14 @@ def _with_outlines(
     out: Path,
     found: _Found,
 ) -> dict[str, Entry]:
-    """Draw masks of COCO's outlines for the images whose objects all have one."""
+    """Draw masks of COCO's outlines for the images whose objects all have one, and no file."""
     ids = class_ids(classes)
-    wanted = {
+    outlined = {
         number: next(iter(names.find(name)))
         for number, (name, _, _) in given.images.items()
         if number in given.objects and given.outlined(number) and len(names.find(name)) == 1
     }
+    wanted = {number: id_ for number, id_ in outlined.items() if entries[id_].mask is None}
     draw = partial(_outlined, given, ids, out / "masks")
     drawn = dict(entries)
     for (_, id_), told in zip(
@@ -242,8 +318,11 @@ def _with_outlines(
             found.problems.append(told)
         else:
             drawn[id_] = replace(drawn[id_], mask=told)
-    if drawn != entries:
-        found.notes.append(f"masks: {len(wanted)}, drawn from the outlines in {given.path.name}")
+    if outlined:
+        note = f"masks: {len(wanted)}, drawn from the outlines in {given.path.name}"
+        if files := len(outlined) - len(wanted):
+            note += f"; {files} others have a file, which counts instead of their outlines"
+        found.notes.append(note)
     return drawn
 
 
@@ -284,9 +363,9 @@ def _splits(
         masked = {id_ for id_ in known if entries[id_].mask is not None}
         labels = {id_: labels or () for id_, labels in known.items()}
         val = splits.draw(labels, masked, params.val_fraction, params.seed)
-        among = f"the {len(masked)} images with masks" if masked else "all images"
         if val:
-            found.notes.append(f"val: {len(val)} images, drawn among {among}")
+            held = f", {len(val & masked)} of the {len(masked)} with masks" if masked else ""
+            found.notes.append(f"val: {len(val)} images, drawn by their ids{held}")
         told = {id_: splits.VAL if id_ in val else splits.TRAIN for id_ in known}
     if tested := [id_ for id_, split in told.items() if split == splits.TEST]:
         found.notes.append(f"split test: its {len(tested)} images count as val")

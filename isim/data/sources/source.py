@@ -79,7 +79,8 @@ class Checked:
 
     `files` are (path, bytes, md5) of the files as they were found. `size` is (H, W) in pixels,
     `pixels` (K+1,) int64, of each class in the mask; None without one. `bare` are labelled classes
-    that the mask does not show, `more` shown ones that are not labelled.
+    that the mask does not show, `more` shown ones that are not labelled. `ignored` tells that a
+    mask of the person's own holds 255, `black_and_white` that it holds no class beside.
     """
 
     image: Path
@@ -90,6 +91,7 @@ class Checked:
     pixels: np.ndarray | None = None
     bare: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    ignored: bool = False
     black_and_white: bool = False
 
 
@@ -172,21 +174,22 @@ def _without(source: Source, ids: set[str]) -> Source:
 
 
 def _black_and_white(source: Source, results: Mapping[str, Checked]) -> list[Problem]:
-    """Refuse masks of 0 and 255 alone, which may be objects, or what nothing is known of."""
+    """Tell of masks of 0 and 255 alone, which may be objects, or what nothing is known of.
+
+    They are refused where most masks that hold 255 hold no class: few objects are ignored whole.
+    """
     given = source.scheme
     found = [id_ for id_, result in results.items() if result.black_and_white]
-    shown = any(
-        result.pixels is not None and result.pixels[1:].any() for result in results.values()
-    )
-    if given is None or given.values or shown or not found:
+    if given is None or given.values or not found:
         return []
+    most = 2 * len(found) > sum(result.ignored for result in results.values())
     names = f"one of {', '.join(source.classes)}" if len(source.classes) > 1 else source.classes[0]
     what = (
-        f"the masks have the values 0 and 255 alone ({len(found)}, such as "
-        f"{results[found[0]].mask}); if 255 is {names[:80]}, set prepare.mask_values: "
+        f"masks have the values 0 and 255 alone ({len(found)}, such as "
+        f"{source.entries[found[0]].mask}); if 255 is {names[:80]}, set prepare.mask_values: "
         f"{{255: {source.classes[0]}}}; 255 means ignored otherwise"
     )
-    return [Problem("masks of 0 and 255", what, str(results[found[0]].mask))]
+    return [Problem("masks of 0 and 255", what, str(source.entries[found[0]].mask), error=most)]
 
 
 def _check(source: Source, treatment: Treatment, task: tuple[str, Entry]) -> Checked:
@@ -213,7 +216,8 @@ def _check(source: Source, treatment: Treatment, task: tuple[str, Entry]) -> Che
         result.problems.append(Problem("mask of other values", what[:280], str(entry.mask)))
         return result
     result.pixels = counts[: limit + 1]
-    result.black_and_white = bool(counts[IGNORE]) and not result.pixels[1:].any()
+    result.ignored = bool(counts[IGNORE]) and not _made(entry.mask, treatment)
+    result.black_and_white = result.ignored and not result.pixels[1:].any()
     if entry.labels is not None:
         shown = [source.classes[index - 1] for index in np.flatnonzero(result.pixels) if index]
         result.bare = tuple(name for name in entry.labels if name not in shown)
@@ -253,7 +257,8 @@ def _mask_of(result: Checked, source: Source, treatment: Treatment) -> np.ndarra
     try:
         if not path.exists():
             raise UserError(f"{path} is missing")
-        if source.scheme is None:
+        # A reader's own have class ids, whatever those of the person have.
+        if source.scheme is None or _made(path, treatment):
             mask, simple = files.read_label_map(path), True
         else:
             mask, simple = masks.read(path, source.scheme)
@@ -267,3 +272,8 @@ def _mask_of(result: Checked, source: Source, treatment: Treatment) -> np.ndarra
     if not simple and treatment.out is not None:
         result.mask = None
     return mask
+
+
+def _made(path: Path | None, treatment: Treatment) -> bool:
+    """Tell whether a mask was made by the reader, which puts it below the folder `out`."""
+    return path is not None and treatment.out is not None and path.is_relative_to(treatment.out)

@@ -1,5 +1,7 @@
 """Splits of a person's own images: as lists tell them, or drawn by a hash of each id."""
 
+import itertools
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +22,9 @@ def draw(
 ) -> set[str]:
     """Draw the share `fraction` of the images as val: those of a low hash of seed and id.
 
-    Further images move none, therefore. It is drawn among the `masked` ones if there are any. Val
-    has an image at least, and so has train, also of every class.
+    If any are `masked`, of these. Further images take none of them out of val, therefore. Train has
+    an image of every class: that of the highest hash, so that it may go to val once there are
+    others. And val has one: of the lowest hash that train can spare.
 
     Args:
         labels: Class names of each image, by its id.
@@ -32,22 +35,22 @@ def draw(
     if not fraction or len(labels) < 2:
         return set()
     places = {id_: _place(id_, seed) for id_ in labels}
-    pool = sorted(masked if masked else labels, key=lambda id_: (places[id_], id_))
-    chosen = [id_ for id_ in pool if places[id_] < fraction] or pool[:1]
-    if len(chosen) == len(labels):
-        chosen.pop()
-    left: dict[str, int] = {}
-    for names in labels.values():
-        for name in names:
-            left[name] = left.get(name, 0) + 1
-    drawn = set()
-    for id_ in chosen:
-        # The last images of a class stay in train.
-        if all(left[name] > 1 for name in labels[id_]):
-            drawn.add(id_)
-            for name in labels[id_]:
-                left[name] -= 1
-    return drawn
+    wanted = set(masked or labels)
+    order = sorted(labels, key=lambda id_: (places[id_], id_))
+    val: set[str] = set()
+    classes: set[str] = set()
+    for id_ in reversed(order):
+        if id_ in wanted and places[id_] < fraction and classes.issuperset(labels[id_]):
+            val.add(id_)
+        classes.update(labels[id_])
+    if len(val) == len(labels):
+        val.remove(order[-1])
+    # Images of train, by class.
+    left = Counter(name for id_ in labels.keys() - val for name in labels[id_])
+    if not val and len(labels) - len(val) > 1:
+        spare = (id_ for id_ in order if id_ in wanted and all(left[n] > 1 for n in labels[id_]))
+        val.update(itertools.islice(spare, 1))
+    return val
 
 
 def _place(id_: str, seed: int) -> float:

@@ -23,6 +23,13 @@ def test_splits_are_so_only_if_all_folders_are():
     assert [row.labels for row in found.rows] == [("train",), ("bus",)]
 
 
+def test_splits_beside_other_folders_are_no_classes():
+    (problem,) = class_folders.read(["train/cat/1", "Val/cat/2", "new/3"]).problems
+    assert problem.error
+    assert problem.what.startswith("the folders Val, train are splits only if there are no others")
+    assert class_folders.read(["train/1", "bus/2", "training/3"]).problems == ()
+
+
 def test_background_is_no_class():
     (problem,) = class_folders.read(["cat/1", "background/2"]).problems
     assert problem.error and "`background` is no class; call it `none` if" in problem.what

@@ -77,12 +77,17 @@ def test_names_that_are_no_text_are_problems(tmp_path):
         ("B", {"s/b"}),
         ("../d.csv", set()),
         ("q/b.png", set()),
+        (" e.png", {"s/ e"}),
+        ("e.png", {"s/ e"}),
+        ("s/e.png ", {"s/ e"}),
+        (" a.jpg", {"a"}),
         ("", set()),
+        (" ", set()),
         ("/", set()),
     ],
 )
 def test_names_of_label_files_find_images(tmp_path, name, ids):
-    touch(tmp_path, "a.jpg", "a.jpg.png", "s/b.png", "s/c.png", "t/c.png", "d.csv")
+    touch(tmp_path, "a.jpg", "a.jpg.png", "s/b.png", "s/c.png", "t/c.png", "s/ e.png", "d.csv")
     names = Names(listing.images(tmp_path))
     assert names.find(name) == ids
-    assert bool(names.by_case) == (name in ("A.JPG", "S/B.PNG", "B"))
+    assert bool(names.by_case) == (name in ("A.JPG", "S/B.PNG", "B", "e.png", "s/e.png "))

@@ -62,7 +62,7 @@ def test_what_was_written_is_read(path, given, delimiter, mark):
     path.write_text(text.getvalue(), encoding="utf-8", newline="")
     found = tables.read(path)
     assert {row.image: set(row.labels) for row in found.rows} == given
-    assert found.problems == ()
+    assert [problem.what for problem in found.problems] == ["labels.csv: column 'note' is not used"]
 
 
 def test_rows_tell_where_they_are(path):
@@ -72,14 +72,63 @@ def test_rows_tell_where_they_are(path):
 
 
 def test_columns_of_classes_that_also_are_not_zero_and_one(path):
-    path.write_text("image,cat,width,dog,split\na,1,640,true,val\nb,0,480,false,\nc,1.0,,NO,\n")
+    path.write_text(
+        "image,cat,width,dog,split,Is Crowd,name\n"
+        "a,1,640,true,val,0,p\nb,0,480,false,,1,q\nc,1.0,,NO,,0,1\n"
+    )
     found = tables.read(path)
     assert [row.labels for row in found.rows] == [("cat", "dog"), (), ("cat",)]
     assert [row.split for row in found.rows] == ["val", "", ""]
-    assert found.notes == (
-        "labels.csv: columns not used: width",
-        "labels.csv: a column a class (cat, dog)",
+    assert found.notes == ("labels.csv: a column a class (cat, dog)",)
+    told = {(problem.kind, problem.what, problem.error) for problem in found.problems}
+    why = ": its name is not that of a class; rename it if it is one"
+    assert told == {
+        ("columns that are not used", f"labels.csv: column '{name}' is not used{more}", False)
+        for name, more in (("width", ""), ("Is Crowd", why), ("name", ""))
+    }
+
+
+@pytest.mark.parametrize("cell", ["0.9", "2", "nan", "maybe"])
+def test_an_odd_cell_deletes_no_class(path, cell):
+    path.write_text(f"image,cat,dog\na,1,0\nb,0,1\nc,{cell},1\n")
+    found = tables.read(path)
+    (problem,) = found.problems
+    assert problem.error and problem.what.startswith(
+        f"labels.csv line 4 column 'cat': '{cell}' is neither 0 nor 1; mend it"
     )
+    assert found.rows[0].labels == ("cat",)
+
+
+def test_a_second_column_of_labels_is_told(path):
+    path.write_text("image,class,labels\na,x,y\n")
+    found = tables.read(path)
+    assert found.rows[0].labels == ("y",)
+    (problem,) = found.problems
+    assert problem.kind == "second column of labels" and not problem.error
+    assert "column 'class' is not used: the labels are those of 'labels'" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [
+        (["a,x", 'b,"x', "c,y"], 3),
+        (["a,x", 'b,"x', 'c,"y"', "d,x"], 3),
+        (['"a","x', '"b","y"', '"c","y"'], 2),
+        (["a,x", "b,y", 'c,"x'], 4),
+        (["a,x", 'b,"y', *["c,x"] * 40_000], 3),
+    ],
+)
+def test_a_quote_that_is_not_closed_takes_no_rows(path, lines, number):
+    path.write_text("\n".join(["image,labels", *lines, ""]))
+    with pytest.raises(UserError, match=rf"labels.csv: unclosed quote, line {number}; close it"):
+        tables.read(path)
+
+
+def test_quotes_in_cells_are_no_fault(path):
+    path.write_text('image,labels\na,"x""y"\nb,5" disk\nc,"x\ny"\nd,"x"y\n')
+    assert [row.labels for row in tables.read(path).rows] == [
+        ('x"y',), ('5" disk',), ("x\ny",), ("xy",),
+    ]  # fmt: skip
 
 
 def test_an_unknown_split_is_a_problem(path):

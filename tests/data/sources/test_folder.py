@@ -125,7 +125,7 @@ def test_labels_of_every_form_are_read_alike(tmp_path, form, place):
     else:
         FORMS[form](tmp_path / "p")
     source = read(tmp_path / "p")
-    assert source.problems == ()
+    assert {problem.kind for problem in source.problems} <= {"columns that are not used"}
     assert labels(source) == {"a": ("x", "y"), "b": ("y",), "c": (), "d": None}
     assert source.classes == ("x", "y")
     assert source.splits["unlabelled"] == ("d",)
@@ -285,6 +285,83 @@ def test_outlines_of_coco_become_masks(tmp_path):
     assert found.results["b"].mask is found.results["c"].mask is None
 
 
+def with_outlines(root):
+    put_photos(root, ["a.jpg", "b.jpg", "c.jpg"])
+    images = [
+        {"id": n, "file_name": f"{c}.jpg", "height": 6, "width": 8} for n, c in enumerate("abc")
+    ]
+    square = {"category_id": 3, "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]], "area": 9}
+    given = [{"image_id": number} | square for number in (0, 1)]
+    write_instances(root / "_a.coco.json", [{"id": 3, "name": "x"}], images, given)
+
+
+def test_a_file_takes_the_place_of_an_outline_in_its_own_image_alone(tmp_path):
+    with_outlines(tmp_path)
+    mask(tmp_path, "a.png", HALF * 255)
+    found, problems = checked(tmp_path, mask_values={255: "x"})
+    refuse(problems)
+    # An outline's mask has class ids, whatever values the files have.
+    for id_, pixels in (("a", 24), ("b", 9)):
+        assert (read_label_map(found.results[id_].mask) == 1).sum() == pixels
+    (note,) = (note for note in found.source.notes if note.startswith("masks:"))
+    assert note == (
+        "masks: 1, drawn from the outlines in _a.coco.json; 1 others have a file, which counts "
+        "instead of their outlines"
+    )
+
+
+@pytest.mark.parametrize(("ids", "error"), [("", True), ("d", True), ("cd", False)])
+def test_masks_of_0_and_255_are_refused_if_most_that_hold_255_are_so(tmp_path, ids, error):
+    make_folder(tmp_path, ["a,x", "b,x", "c,x", "d,x", "e,y", "f,"], SIX)
+    for id_ in "abcd":
+        mask(tmp_path, f"{id_}.png", np.where(HALF, 255, 1 if id_ in ids else 0))
+    # A class without 255 tells nothing of what 255 means.
+    mask(tmp_path, "e.png", HALF)
+    _, problems = checked(tmp_path)
+    (problem,) = (problem for problem in problems if problem.kind == "masks of 0 and 255")
+    assert problem.error == error
+    assert f"({4 - len(ids)}, such as {tmp_path}/masks/a.png)" in problem.what
+
+
+def test_none_as_the_only_label_says_that_there_is_none(tmp_path):
+    make_folder(tmp_path, ["a,x", "b,None", "c,none", "d,", "e,y"], SIX)
+    source = read(tmp_path)
+    assert source.classes == ("x", "y") and source.problems == ()
+    assert source.entries["b"].labels == source.entries["c"].labels == ()
+    assert "labels: `none`, none of the classes, in 2 rows" in source.notes
+
+
+@pytest.mark.parametrize("name", ["none", "NA", "-"])
+def test_classes_that_are_listed_may_have_any_name(tmp_path, name):
+    make_folder(tmp_path, ["a,x", f"b,{name}", "c,"], SIX)
+    write(tmp_path / "classes.txt", f"x\n{name}\n")
+    source = read(tmp_path)
+    assert source.entries["b"].labels == (name,) and source.problems == ()
+
+
+@pytest.mark.parametrize("name", ["masks", "images", "annotations"])
+def test_a_class_with_the_name_of_a_folder_of_another_use_is_told(tmp_path, name):
+    put_photos(tmp_path, ["cat/1.jpg", "dog/2.jpg", f"{name}/3.jpg", f"{name}/4.jpg"])
+    if name == "images":
+        rows("3,x", "4,")(tmp_path)
+    (problem,) = read(tmp_path).problems
+    words = {
+        "masks": "none of its 2 files has the",
+        "images": "2 images",
+        "annotations": "2 images",
+    }
+    assert words[name] in problem.what and problem.error == (name == "masks")
+
+
+def test_blanks_before_names_of_files_do_not_matter(tmp_path):
+    put_photos(tmp_path / "images", [" a.jpg", "b.jpg", " c.jpg"])
+    rows(" a.jpg,x", " b.jpg,y", "c.jpg,")(tmp_path)
+    source = read(tmp_path)
+    assert labels(source) == {" a": ("x",), "b": ("y",), " c": ()}
+    (problem,) = source.problems
+    assert "c.jpg is taken for  c, whose name differs in case or blanks" in problem.what
+
+
 def nested_photo(root):
     put_photos(root / "images", ["one/x.jpg", "two/x.jpg"])
 
@@ -336,6 +413,8 @@ FAULTS = [
         "image in two lists",
         "b is in train.txt, too",
     ),
+    ((*PLAIN, "e.jpg,nan"), None, "labels that name nothing", "line 6: is `nan` a class?"),
+    ((*PLAIN, "e.jpg,x;none"), None, "none beside other labels", "line 6: `none` stands beside"),
     (PLAIN, masks_of("a.png", HALF * 255), "masks of 0 and 255", "prepare.mask_values: {255: x}"),
     (PLAIN, masks_of("a.png", HALF * 3), "mask of other values", "outside 0..2 and 255: 3"),
     (PLAIN, masks_of("a.png", HALF[1:]), "mask of another size", "8x5 pixels, its image a.jpg 8x6"),
@@ -365,6 +444,9 @@ ODDITIES = [
     (PLAIN, lambda root: put("images/s/a.jpg", (root / "images/a.jpg").read_bytes())(root),
      "images of the same content", "the images a and s/a have the same content"),
     (PLAIN, put("images/z.mp4"), "format that is not read", "z.mp4 is in a format"),
+    (PLAIN, photos("1.jpg", "more/2.png"), "images that are not read",
+     "2 images, such as {root}/1.jpg, do not lie in {root}/images: they are not read; move"),
+    (PLAIN, photos("JPEGImages/1.jpg"), "images that are not read", "1 images, such as"),
     ((*PLAIN, "a.jpg,"), None, "rows that disagree", "a has a row without labels and one with"),
 ]  # fmt: skip
 
@@ -389,6 +471,7 @@ def test_oddities_are_warnings_in_words(tmp_path, lines, make, kind, words):
         make(tmp_path)
     _, problems = checked(tmp_path, val_fraction=0)
     refuse(problems)
+    words = words.replace("{root}", str(tmp_path))
     found = [problem.what for problem in problems if problem.kind == kind]
     assert any(words in what for what in found), problems
     assert any(kind in line or words in line for line in warnings(problems))
@@ -450,7 +533,9 @@ def test_a_range_shows_images_of_sixteen_bits(tmp_path):
         (b"", "found: an empty file"),
         (b"image,labels\n\xff\xfe,dog\n", "cannot read .*UTF-8"),
         (b"image,size\na.jpg,7\n", "has neither a column of labels.*found: image,size"),
-        (b"image,labels\n", "has 0 classes; 1 to 254 are possible"),
+        (b"image,labels\n", "the table labels.csv names no image; write a row for each"),
+        (b"image,cat,dog\n", "the table labels.csv names no image; write a row for each"),
+        (b"image,labels\na,\n", "has 0 classes; 1 to 254 are possible"),
         (b"image,labels\na,x\n" + b"b," + b"y" * 200_000, "field larger than field limit"),
     ],
 )
@@ -484,9 +569,11 @@ def test_surplus_cells_and_unknown_columns_are_told(tmp_path):
     make_folder(
         tmp_path, ["a.jpg,nice,x,y", "b.jpg,,x", "c.jpg,,"], SIX, header="image,note,labels"
     )
-    told = "; ".join(read(tmp_path).notes)
-    assert "1 rows have more cells than the header, such as line 2" in told
-    assert "columns not used: note" in told
+    source = read(tmp_path)
+    assert "1 rows have more cells than the header, such as line 2" in "; ".join(source.notes)
+    assert [problem.what for problem in source.problems] == [
+        "labels.csv: column 'note' is not used"
+    ]
 
 
 def test_names_of_columns_as_spreadsheets_quote_them(tmp_path):

@@ -11,15 +11,36 @@ LABELS = st.dictionaries(
 
 
 @given(LABELS, st.floats(0.01, 0.99), st.integers(0, 9), st.data())
-def test_val_is_drawn_among_masks_and_leaves_every_class_in_train(labels, fraction, seed, data):
+def test_val_is_drawn_and_leaves_every_class_in_train(labels, fraction, seed, data):
     masked = data.draw(st.sets(st.sampled_from(sorted(labels)))) if labels else set()
     val = splits.draw(labels, masked, fraction, seed)
     assert val == splits.draw(dict(reversed(labels.items())), masked, fraction, seed)
-    assert val <= (masked or labels.keys())
+    assert val <= labels.keys()
     assert len(val) < len(labels) or not labels
     for name in "xyz":
         having = {id_ for id_, names in labels.items() if name in names}
         assert not having or having - val
+
+
+@given(LABELS, LABELS, st.data())
+def test_further_images_take_none_out_of_val(labels, more, data):
+    masked = data.draw(st.sets(st.sampled_from(sorted(labels)))) if labels else set()
+    before = splits.draw(labels, masked, 0.3, 0)
+    # Where no id has a low hash that train can spare, val has one of another.
+    stay = {id_ for id_ in before if splits._place(id_, 0) < 0.3}
+    more = labels | {f"new {id_}": names for id_, names in more.items()}
+    after = splits.draw(more, masked, 0.3, 0)
+    assert stay <= after
+    assert sum(splits._place(id_, 0) >= 0.3 for id_ in after) <= 1
+
+
+def test_val_is_drawn_among_the_images_with_masks_if_there_are_any():
+    labels = {f"{number:03d}": {"x"} for number in range(400)}
+    before = splits.draw(labels, (), 0.3, 1)
+    masked = set(sorted(labels)[:100])
+    assert splits.draw(labels, masked, 0.3, 1) == before & masked
+    first = min(labels.keys() - before, key=lambda id_: splits._place(id_, 1))
+    assert splits.draw(labels, {first}, 0.3, 1) == {first}
 
 
 def test_further_images_move_none():
