@@ -71,12 +71,20 @@ class Segmenter:
         here = Here(Path(), precision)
         return cls(BySegmenter(here, *segmenter.load(Path(path)), side=side))
 
-    def predict(self, image: Image, tags: Sequence[str] | None = None) -> Prediction:
+    def predict(
+        self,
+        image: Image,
+        tags: Sequence[str] | None = None,
+        *,
+        sixteen_bit: Sequence[float] | None = None,
+    ) -> Prediction:
         """Predict an image: (H, W, 3) uint8 RGB or a file's path; with `tags` no other classes.
 
+        `sixteen_bit`, (low, high), is the range that is shown of a file of more than 8 bits a
+        channel, as the parameter `prepare.sixteen_bit`; without it such a file is refused.
         Raises UserError for an unreadable file or an unknown tag.
         """
-        pixels = _pixels(image)
+        pixels = _pixels(image, sixteen_bit)
         ids = None if tags is None else _class_ids(tags, self.classes[1:])
         found = self._answers(pixels, ids)
         probabilities = np.zeros((len(self.classes), *found.planes.shape[1:]), np.float32)
@@ -109,13 +117,16 @@ class CamModel:
         network, config = cam.load(Path(path))
         return cls(ByTags(here, network, config, side=side, scales=scales, flip=True))
 
-    def cam(self, image: Image, tags: Sequence[str]) -> NDArray[np.float32]:
+    def cam(
+        self, image: Image, tags: Sequence[str], *, sixteen_bit: Sequence[float] | None = None
+    ) -> NDArray[np.float32]:
         """CAMs (K', h, w) float32 in [0, 1] of tags, in their order; h, w as for `Prediction`.
 
+        `sixteen_bit` is as for `Segmenter.predict`.
         Raises UserError for an unreadable file or an unknown tag.
         """
         ids = _class_ids(tags, self.classes)
-        planes = self._answers.cams(_pixels(image), ids)
+        planes = self._answers.cams(_pixels(image, sixteen_bit), ids)
         places = [int(np.searchsorted(ids, self.classes.index(tag) + 1)) for tag in tags]
         return planes[places]
 
@@ -125,6 +136,7 @@ def dense_crf(
     labels_or_probabilities: NDArray[Any],
     *,
     probabilities: bool = False,
+    sixteen_bit: Sequence[float] | None = None,
     **settings: float,
 ) -> NDArray[Any]:
     """Refine a label map or probabilities along the edges of an image by a fully connected CRF.
@@ -135,6 +147,7 @@ def dense_crf(
             softmax over L.
         probabilities: Return (L, H, W) float32 probabilities instead of labels; the planes are of
             the labels that occur, ascending.
+        sixteen_bit: Range of an image's file, as for `Segmenter.predict`.
         settings: Values that differ from the usual ones: steps (10), gt_prob (0.7, how sure labels
             are), gaussian_sxy (3), gaussian_compat (3), bilateral_sxy (50), bilateral_srgb (5) and
             bilateral_compat (10). sxy are in pixels, srgb in levels of 8 bits.
@@ -145,7 +158,7 @@ def dense_crf(
     Raises:
         UserError: An unreadable file, an unknown setting, or shapes that do not go together.
     """
-    pixels, given = _pixels(image), np.asarray(labels_or_probabilities)
+    pixels, given = _pixels(image, sixteen_bit), np.asarray(labels_or_probabilities)
     if given.shape[-2:] != pixels.shape[:2] or given.ndim not in (2, 3):
         raise UserError(
             f"the image is {pixels.shape[:2]}, what is to be refined {given.shape}; give labels "
@@ -260,9 +273,11 @@ def trained(root: Path, *, by_cam: bool = False) -> Path:
     return path
 
 
-def _pixels(image: Image) -> NDArray[np.uint8]:
+def _pixels(image: Image, shown: Sequence[float] | None) -> NDArray[np.uint8]:
+    if shown is not None and not (len(shown) == 2 and shown[0] < shown[1]):
+        raise UserError(f"sixteen_bit: {shown} is no range; give (low, high), such as (0, 65535)")
     if isinstance(image, str | Path):
-        return files.read_image(Path(image))
+        return files.read_photograph(Path(image), shown)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"give (H, W, 3) uint8 RGB, not {image.dtype} of shape {image.shape}")
     return image

@@ -373,6 +373,10 @@ def _run(stage: str, *arguments: str) -> None:
     from isim.stage import start
 
     lock.require(Path.cwd())
+    if stage == "prepare":
+        from isim.project import pipeline
+
+        pipeline.require(Path.cwd())
     start(stage, Path.cwd(), *arguments)
 
 

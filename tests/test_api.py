@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import checkpoints
 from support.networks import CLASSES
 
@@ -84,6 +85,28 @@ def test_cams_are_in_the_order_of_the_tags(name, models, image):
     both = model.cam(image, ["dog", "bird"])
     assert (both == model.cam(image, ["bird", "dog"])[::-1]).all()
     assert both.shape == (2, 60, 80) and model.cam(image, []).shape == (0, 60, 80)
+
+
+def test_sixteen_bits_are_read_by_a_range_that_is_given(models, image, tmp_path):
+    path, grey = tmp_path / "deep.png", image[..., :1].repeat(3, 2)
+    Image.fromarray(grey[..., 0].astype(np.uint16) * 10).save(path)
+    model = api.Segmenter.load(models["frozen_segmenter"])
+    cam_model = api.CamModel.load(models["frozen"])
+    labels = (grey[..., 0] > 100).astype(np.uint8)
+
+    def answers(given, **shown):
+        return (
+            model.predict(given, **shown).label,
+            cam_model.cam(given, ["cat"], **shown),
+            api.dense_crf(given, labels, **shown),
+        )
+
+    for deep, plain in zip(answers(path, sixteen_bit=(0, 2550)), answers(grey), strict=True):
+        assert (deep == plain).all()
+    with pytest.raises(UserError, match="more than 8 bits"):
+        model.predict(path)
+    with pytest.raises(UserError, match=r"sixteen_bit: .* is no range"):
+        model.predict(path, sixteen_bit=(2550, 0))
 
 
 def test_the_dense_crf_is_the_package_s(image):

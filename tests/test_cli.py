@@ -203,6 +203,24 @@ def test_a_tracking_server_that_is_not_there_stops_a_stage_before_it_writes(proj
     assert not (project / "data").exists() and not (project / "reports").exists()
 
 
+def test_prepare_refuses_data_that_the_pipeline_does_not_depend_on(project, main, monkeypatch):
+    from isim.project import lock, pipeline
+
+    monkeypatch.setattr("isim.stage.start", lambda stage, root: print("started"))
+    (project / lock.FILE).write_text(lock.text())
+    preset.write("own-images", project / "params.yaml")
+    params = preset.parameters("own-images").prepare
+    (project / "dvc.yaml").write_text(pipeline.text(params))
+    assert main("prepare") == (0, "started\n", "")
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(
+        text.replace("labels: auto", "labels: /elsewhere/tags.csv")
+    )
+    code, _, told = main("prepare")
+    assert code == 2 and told.count("\n") == 1 and "run `isim upgrade`" in told
+    assert main("train-cam") == (0, "started\n", "")
+
+
 def test_names_of_any_script_in_a_locale_without_utf8(project):
     """As Python sees Latin 1 or ASCII; in `LC_ALL=C` alone it takes UTF-8 by itself."""
     raw = project / "Fotos für 日本"

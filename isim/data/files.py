@@ -142,6 +142,16 @@ def read_deep_image(path: Path, shown: Sequence[float]) -> np.ndarray:
         return np.array(_turned(Image.fromarray(np.ascontiguousarray(pixels)), orientation))
 
 
+def read_photograph(path: Path, shown: Sequence[float] | None) -> np.ndarray:
+    """Read an image as `read_image`; one of more than 8 bits by the range `shown`, if there is one.
+
+    Errors are those of `read_image`.
+    """
+    if shown is None or not is_deep(path):
+        return read_image(path)
+    return read_deep_image(path, shown)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Read height and width of an image in pixels from its header alone; errors as `read_image`."""
     with _opened("image", path) as image:

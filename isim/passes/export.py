@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from isim.data import prepared
+from isim.data import files, prepared
 from isim.data.formats import labelled
 from isim.data.formats.coco import write_coco
 from isim.data.formats.labelled import LabelledSet
@@ -14,6 +14,7 @@ from isim.data.formats.regions import Instances
 from isim.data.formats.voc import write_voc
 from isim.data.formats.yolo import write_yolo
 from isim.errors import UserError
+from isim.params import load
 from isim.runtime import atomic
 
 # Options that a format takes beside `source` and `images`.
@@ -60,8 +61,14 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
         raise UserError(f"{dest} exists and is no empty folder; name another or empty it")
     if form == "onnx":
         return _onnx(dest, options, root)
-    data = labelled.collect(str(options.source), options.images, root)
+    data = labelled.collect(str(options.source), options.images, root, _shown(root))
     return f"{dest}: {_writers(data, dest, options)[form]()} of {len(data.entries)} images"
+
+
+def _shown(root: Path) -> tuple[float, float] | None:
+    path = root / "params.yaml"
+    wanted = load(path).prepare.sixteen_bit if path.exists() else "refuse"
+    return None if wanted == "refuse" else wanted
 
 
 def _writers(data: LabelledSet, dest: Path, options: Options) -> dict[str, Callable[[], str]]:
@@ -69,7 +76,7 @@ def _writers(data: LabelledSet, dest: Path, options: Options) -> dict[str, Calla
 
     def coco() -> str:
         count = write_coco(data, dest, polygons=options.polygons, instances=instances)
-        turned = sum(labelled.is_turned(entry.image) for entry in data.entries)
+        turned = sum(files.orientation(entry.image) > 1 for entry in data.entries)
         note = f" ({turned} images are turned by EXIF: read them so)" if turned else ""
         return f"{count} annotations{note}"
 
@@ -102,7 +109,7 @@ def _onnx(dest: Path, options: Options, root: Path) -> str:
     from isim.passes import onnx_file
 
     if options.images is not None:
-        images = list(labelled.images_below(options.images))
+        images = [*labelled.images_below(options.images).values()]
     else:
         splits = prepared.load(root).splits.values()
         images = [item.image for items in splits for item in items]

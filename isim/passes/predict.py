@@ -1,6 +1,7 @@
 """Masks of any image files by a trained network: `isim predict`."""
 
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isim.data import files
-from isim.data.formats import labelled, labels, overlay
+from isim.data.formats import labelled, labels, listing, overlay
 from isim.data.formats.listing import Listing, Names
 from isim.errors import UserError
 from isim.experiments import preset
@@ -48,11 +49,12 @@ class Options:
 def run(paths: Sequence[Path], out: Path, options: Options, root: Path) -> int:
     """Predict files, and those below folders, to `<out>/<id>.png`; returns how many it could not.
 
-    An id is the path relative to the folder that was given, without suffix. A file that cannot be
+    An id is the path relative to the folder that was given, without suffix, in one Unicode form
+    (NFC). A file of more than 8 bits is shown by `prepare.sixteen_bit`. A file that cannot be
     read, or has no tags where they are needed, is told and left out.
 
-    Raises UserError for options that do not go together, no images, no such model, or a failed
-    write.
+    Raises UserError for options that do not go together, no images, an `out` in which masks would
+    lie beside images, no such model, or a failed write.
     """
     if options.by_cam and options.tags is None:
         raise UserError("--cam needs --tags FILE: a CAM is that of a tag")
@@ -63,11 +65,13 @@ def run(paths: Sequence[Path], out: Path, options: Options, root: Path) -> int:
     answer, classes = _network(options, params, root)
     tags = None if options.tags is None else _known(options.tags, chosen, classes)
     names = ("background", *classes)
+    wanted = params.prepare.sixteen_bit
+    shown = None if wanted == "refuse" else wanted
     atomic.write_json(out / "classes.json", files.class_list(names))
     left_out = 0
     for id_, path in progress.track(chosen.items(), "masks"):
         try:
-            image = files.read_image(path)
+            image = files.read_photograph(path, shown)
             if options.by_cam and tags is not None and id_ not in tags:
                 raise UserError(f"{path} has no row in {options.tags}")
         except UserError as error:
@@ -89,27 +93,41 @@ def _parameters(root: Path) -> Params:
 
 
 def _images(paths: Sequence[Path], out: Path) -> dict[str, Path]:
-    found: list[tuple[Path, Path]] = []
+    found: dict[str, Path] = {}
     for path in paths:
         if path.is_dir():
             # What an earlier run wrote is no image to predict.
-            own = out.resolve() != path.resolve()
-            found += [
-                (one, path)
-                for one in labelled.images_below(path)
-                if not (own and one.resolve().is_relative_to(out.resolve()))
-            ]
+            given = labelled.images_below(path, [out])
         elif path.exists():
-            found.append((path, path.parent))
+            given = {unicodedata.normalize("NFC", path.stem): path}
         else:
             raise UserError(f"{path} does not exist; name image files or folders of them")
+        for id_, image in given.items():
+            if (other := found.setdefault(id_, image)) != image:
+                raise UserError(f"{other} and {image} would have one mask; rename one of them")
     if not found:
         raise UserError(f"no images in {', '.join(map(str, paths))}; name files or other folders")
-    chosen = labelled.by_id(found)
-    for id_, path in chosen.items():
-        if (out / f"{id_}.png").resolve() == path.resolve():
-            raise UserError(f"the mask of {path} would replace it; name another folder by --out")
-    return chosen
+    _require_apart(found, out, [path for path in paths if path.is_dir()])
+    return found
+
+
+def _require_apart(images: Mapping[str, Path], out: Path, folders: Sequence[Path]) -> None:
+    """Check that no mask would lie beside images: a later run would take it for one, too.
+
+    A folder of masks below that of the images is passed over, if it holds nothing else.
+    """
+    place, given = out.resolve(), [folder.resolve() for folder in folders]
+    beside = {path.parent.resolve() for path in images.values()}
+    own = (out / "classes.json").exists() or not any(map(place.is_relative_to, given))
+    if (
+        any(folder.is_relative_to(place) for folder in given)
+        or beside & {(out / id_).parent.resolve() for id_ in images}
+        or (not own and listing.images(out).images)
+    ):
+        raise UserError(
+            f"--out {out}: masks would lie beside images, and be taken for some later; name a "
+            f"folder of their own, such as {out / 'masks'}"
+        )
 
 
 def _network(options: Options, params: Params, root: Path) -> tuple[Answers, tuple[str, ...]]:
@@ -135,7 +153,7 @@ def _known(
 ) -> dict[str, NDArray[np.int64]]:
     """Find the classes of images in a file of tags, by id; tells how many have none.
 
-    Raises UserError for a tag that is no class.
+    Raises UserError for a tag that is no class, and a name that several images have.
     """
     given = labels.of_file(path).tags
     for problem in given.problems:
@@ -144,7 +162,12 @@ def _known(
     tags: dict[str, set[str]] = {}
     names = Names(Listing(images, {}))
     for row in given.rows:
-        for id_ in names.find(row.image) if row.labels is not None else ():
+        ids = names.find(row.image) or names.find(row.otherwise)
+        if len(ids) > 1:
+            raise UserError(
+                f"{row.where}: {row.image} is the name of several images; write its folder"
+            )
+        for id_ in ids if row.labels is not None else ():
             tags.setdefault(id_, set()).update(row.labels or ())
     unknown = sorted(set().union(*tags.values()) - set(classes))
     if unknown:

@@ -25,6 +25,8 @@ SIDES = {"cpu": 512, "cuda": 768}
 LEAST_SIDE = 256
 # A step's patches: at most a quarter of all that there are, and this many at least; not measured.
 BATCH_SHARE, LEAST_BATCH = 4, 256
+# Folders of masks below the root, as the source `folder` looks for them: the first counts.
+MASKS = ("masks", "SegmentationClass")
 # With fewer images each is worth more to learn from than to look at.
 FEW_IMAGES = 10
 # Images whose sizes are looked at.
@@ -78,6 +80,8 @@ def make(wishes: Wishes, folder: Path) -> Chosen:
     choices = [] if wishes.images is None else _data(wishes)
     params = _merged(tree, choices)
     source = look(params.prepare, folder)
+    if wishes.images is not None and wishes.labels is None:
+        choices += _labels_beside(source, Path(params.prepare.root))
     if wishes.images is not None and len(source.entries) < FEW_IMAGES:
         choices.append(Choice("prepare.val_fraction", 0.0, "too few images to hold some out"))
         params = _merged(tree, choices)
@@ -90,6 +94,8 @@ def make(wishes: Wishes, folder: Path) -> Chosen:
     choices += _batches(params, len(source.splits.get("train", ())))
     choices += [_setting(text) for text in wishes.settings]
     params = _merged(tree, choices)
+    # The last choice of a parameter is the one that counts.
+    choices = [*{choice.name: choice for choice in choices}.values()]
     return Chosen(overlay.dump(tree), params, _found(params.prepare, source, sizes), choices)
 
 
@@ -107,7 +113,7 @@ def _merged(tree: Any, choices: Sequence[Choice]) -> Params:  # noqa: ANN401 - a
 
 
 def _data(wishes: Wishes) -> list[Choice]:
-    """Say where the data are. Raises UserError for a file or folder that does not exist."""
+    """Say where the data are. Raises UserError for a path that is not there, or masks not read."""
     given = {"images": wishes.images, "labels": wishes.labels, "masks": wishes.masks}
     there = {}
     for name, path in given.items():
@@ -118,23 +124,52 @@ def _data(wishes: Wishes) -> list[Choice]:
     root = there["images"]
     if not root.is_dir():
         raise UserError(f"--images: {wishes.images} is no folder; name the folder of the images")
-    found = [
+    if "masks" in there:
+        _require_read(there["masks"], root)
+    labels = there.get("labels")
+    told = "given" if labels else "found in the folder of the images"
+    return [
         Choice("prepare.source", "folder", "your own images"),
         Choice("prepare.root", str(root), "read where they are; none is copied"),
         Choice("prepare.download", False, "nothing is to be fetched"),
         Choice("prepare.sbd", False, "a part of VOC"),
+        Choice("prepare.labels", _below(labels, root) if labels else "auto", told),
     ]
-    for name in ("labels", "masks"):
-        if name in Prepare.model_fields:
-            path = there.get(name)
-            why = "given" if path else "found in the folder of the images"
-            found.append(Choice(f"prepare.{name}", _below(path, root) if path else "auto", why))
-        elif name in there and not (root / name).exists():
+
+
+def _require_read(masks: Path, root: Path) -> None:
+    """Check that the masks that are read are those of this folder. Raises UserError if not."""
+    places = [root / name for name in MASKS]
+    taken = next((place for place in places if place.is_dir()), None)
+    link = f"ln -s {masks} {places[0]}"
+    if taken is None:
+        raise UserError(
+            f"--masks: masks are read from {places[0]}; move them there, or link them: {link}"
+        )
+    if taken.resolve() != masks:
+        then = "" if masks in places else f", and link yours: {link}"
+        raise UserError(
+            f"--masks: masks are read from {taken}, not from {masks}; move {taken.name} away{then}"
+        )
+
+
+def _labels_beside(source: Source, root: Path) -> list[Choice]:
+    """Name the label file that was found beside the root: it is a dependency of its own.
+
+    Raises UserError where the root has one of the same name.
+    """
+    for note in source.notes:
+        kind, named, suffix = note.rpartition(f" {root.name}.")
+        path = root.with_name(f"{root.name}.{suffix}")
+        if not named or not kind.startswith("labels: ") or not path.is_file():
+            continue
+        below = [root, *(place for place in root.iterdir() if place.is_dir())]
+        if other := next((place for place in below if (place / path.name).exists()), None):
             raise UserError(
-                f"--{name}: {name} are read from {root / name}; move them there, or link them: "
-                f"ln -s {there[name]} {root / name}"
+                f"{other / path.name} and {path} may both hold the labels; name one by --labels"
             )
-    return found
+        return [Choice("prepare.labels", str(path), "found beside the folder of the images")]
+    return []
 
 
 def _below(path: Path, root: Path) -> str:

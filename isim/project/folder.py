@@ -17,7 +17,7 @@ from isim.project import lock, pipeline
 from isim.project.choices import Chosen
 from isim.runtime import atomic
 
-PARAMS, PIPELINE = "params.yaml", "dvc.yaml"
+PARAMS, PIPELINE = "params.yaml", pipeline.FILE
 OURS = (PARAMS, PIPELINE, lock.FILE)
 
 _DVC_CONFIG = """\
@@ -84,10 +84,12 @@ def create(folder: Path, chosen: Chosen) -> list[str]:
     After a failure everything is as it was. Returns lines on what was left as it is.
 
     Raises:
-        UserError: `folder` is a project already, git or DVC fail, or it cannot be written.
+        UserError: `folder` is a project already, data and results would overlap, git or DVC fail,
+            or it cannot be written.
     """
     require_new(folder)
     params = chosen.params
+    pipeline.require_apart(params.prepare, folder)
     readme = _README.format(name=folder.resolve().name, root=params.prepare.root)
     ignored = _GITIGNORE + _inside(Path(params.prepare.root), folder.resolve())
     # The parameters last: with them it is a project.
@@ -180,6 +182,7 @@ def upgrade(root: Path) -> list[str]:
         raise UserError(f"{root} has no {lock.FILE}: no project; make one with `isim init`")
     told, (text, lines) = [], _parameters(read_yaml(root / PARAMS))
     params = validate(overlay.plain(text), PARAMS)
+    pipeline.require_apart(params.prepare, root)
     if lines:
         atomic.write_text(root / PARAMS, text)
         told += lines

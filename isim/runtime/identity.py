@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = Path(__file__).parent.parent
-# No result depends on how commands are read, nor on what is shown and compared.
-_ASIDE = {"api.py", "cli.py", "__main__.py", "reporting", "experiments", "project"}
+# Nothing that a stage makes depends on how commands are read, nor on what is compared.
+_ASIDE = {"api.py", "cli.py", "__main__.py", "experiments", "project"}
+# How results are shown changes none of them: an interrupted stage goes on. Pages are made anew.
+_SHOWN = "reporting"
+_CODE, _TEMPLATES = {".py", ".cpp"}, {".j2", ".js", ".css"}
 
 
 def sha256(data: bytes) -> str:
@@ -56,16 +59,18 @@ def digest(tree: Mapping[str, Any]) -> str:
 
 
 def code_files(stage: str | None = None) -> list[Path]:
-    """Return all source files but those that no result of this stage, or of any, depends on.
+    """Return the source files that a stage's figures depend on; of all stages, what they show, too.
 
-    Those are also the other stages and, for all stages but `prepare`, the readers of sources.
+    A stage depends on none of the other stages and, but for `prepare`, on no reader of sources.
     """
+    wanted = _CODE if stage else _CODE | _TEMPLATES
     found = []
-    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.cpp")]):
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in wanted):
         parts = path.relative_to(PACKAGE).parts
         other_stage = parts[0] == "stages" and path.stem not in (stage, "__init__")
         source = parts[:2] == ("data", "sources") and stage != "prepare"
-        if parts[0] not in _ASIDE and (stage is None or not (other_stage or source)):
+        other = other_stage or source or parts[0] == _SHOWN
+        if parts[0] not in _ASIDE and (stage is None or not other):
             found.append(path)
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from support.networks import CLASSES
 
 from isim.data import files
 from isim.errors import UserError
+from isim.experiments import preset
 from isim.labels.clean.clean import clean
-from isim.passes import predict
+from isim.passes import export, predict
 from isim.passes.predict import Options
 
 
@@ -117,17 +119,63 @@ def test_what_is_not_sure_is_255(photos, models, tmp_path):
         (["photos"], {"by_cam": True, "tags": "t", "probabilities": True}, "add --crf"),
         (["photos"], {"tags": "wrong.csv"}, "no classes of the model, such as 'lion'"),
         (["photos", "other/a.png"], {}, "would have one mask"),
-        (["other"], {"out": "other"}, "would replace it"),
+        (["photos"], {"tags": "twice.csv"}, "twice.csv line 2: x is the name of several images"),
+        (["other"], {"out": "other"}, "would lie beside images"),
+        (["other/a.png"], {"out": "other"}, "would lie beside images"),
+        (["other/sub"], {"out": "other"}, "would lie beside images"),
+        (["photos"], {"out": "photos/trip"}, "would lie beside images"),
     ],
 )
 def test_wrong_usage_is_one_line(paths, options, words, photos, models, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    os.link(photos / "a.png", tmp_path / "other/a.png")
+    (tmp_path / "other/sub").mkdir(parents=True)
+    for place in (tmp_path / "other", tmp_path / "other/sub"):
+        os.link(photos / "a.png", place / "a.png")
+    if "twice.csv" in options.values():
+        for place in (photos / "trip", photos / "home"):
+            place.mkdir(exist_ok=True)
+            os.link(photos / "a.png", place / "x.png")
+    (tmp_path / "twice.csv").write_text("image,tags\nx,cat\n")
     (tmp_path / "wrong.csv").write_text("image,tags\na,lion\n")
     given = {k: tmp_path / v if k in ("tags", "out") else v for k, v in options.items()}
     out = given.pop("out", tmp_path / "out")
     with pytest.raises(UserError, match=words) as caught:
         run([tmp_path / path for path in paths], out, tmp_path, models["frozen_segmenter"], **given)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path)) * 2
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not [*tmp_path.rglob("classes.json")]
+
+
+def test_names_are_one_in_both_forms_of_unicode_until_they_are_exported(photos, models, tmp_path):
+    name = unicodedata.normalize("NFD", "Äpfel/é")
+    (photos / name).parent.mkdir()
+    (photos / "a.png").rename(photos / f"{name}.png")
+    tags, out = tmp_path / "tags.csv", tmp_path / "out"
+    tags.write_text("image,tags\nÄpfel/é.png,cat\nb,dog\n")
+    model = models["frozen"]
+    assert run([photos], out, tmp_path, model, tags=tags, by_cam=True) == 0
+    assert names(out) == sorted(["classes.json", "Äpfel/é.png", "trip/b.png"])
+    exported = export.Options(source=str(out), images=photos)
+    assert "of 2 images" in export.run("coco", tmp_path / "all.json", exported, tmp_path)
+    alone = tmp_path / "alone"
+    assert run([photos / f"{name}.png"], alone, tmp_path, models["frozen_segmenter"]) == 0
+    assert names(alone) == sorted(["classes.json", "é.png"])
+
+
+def test_sixteen_bits_are_read_by_the_range_of_the_project(models, tmp_path, capsys):
+    photos, out, model = tmp_path / "photos", tmp_path / "out", models["frozen_segmenter"]
+    photos.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (6, 8)).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(noise.astype(np.uint16) * 10).save(photos / "deep.png")
+    Image.fromarray(noise.astype(np.uint8)).save(photos / "plain.png")
+    assert run([photos], out, tmp_path, model, cleaned=False) == 1
+    assert "deep.png has more than 8 bits" in capsys.readouterr().err
+    preset.write("own-images", tmp_path / "params.yaml")
+    text = (tmp_path / "params.yaml").read_text()
+    changed = text.replace("sixteen_bit: refuse", "sixteen_bit: [0, 2550]")
+    assert changed != text
+    (tmp_path / "params.yaml").write_text(changed)
+    assert run([photos], out, tmp_path, model, cleaned=False) == 0
+    deep, plain = (files.read_label_map(out / f"{name}.png") for name in ("deep", "plain"))
+    assert (deep == plain).all()
+    overlays = export.Options(source=str(out), images=photos)
+    assert "2 overlays" in export.run("overlay", tmp_path / "overlays", overlays, tmp_path)

@@ -1,9 +1,12 @@
 """What a new project's parameters become, by the data, the machine and the wishes."""
 
+import shutil
+
 import pytest
 from PIL import Image
 from support.photos import put
 
+from isim.data.sources import folder as source
 from isim.errors import UserError
 from isim.experiments import overlay, preset
 from isim.params import validate
@@ -118,7 +121,10 @@ def test_weights_are_a_file_that_is_there_else_timm_s(photos, tmp_path):
 
 def test_settings_come_last_and_the_preset_first(photos, tmp_path):
     settings = ["train_cam.frozen.rounds=1", "export_cams.splits=[train]", "label_sets=[]"]
-    params = make(tmp_path, photos[False], settings=settings).params
+    settings.append("train_cam.encoder=test_resnet")
+    made = make(tmp_path, photos[False], settings=settings)
+    params, names = made.params, [choice.name for choice in made.choices]
+    assert len(names) == len(set(names)), "each is told once"
     assert params.train_cam.frozen.rounds == 1 and params.export_cams.splits == ("train",)
     assert params.label_sets == ()
     tiny = make(tmp_path, photos[False], preset="tiny").params
@@ -144,6 +150,52 @@ def test_wrong_wishes_are_one_line(wishes, expected, photos, tmp_path):
     with pytest.raises(UserError, match=expected) as error:
         make(tmp_path, **{"images": photos[False], **paths})
     assert "\n" not in str(error.value)
+
+
+def test_a_label_file_beside_the_images_is_named(tmp_path):
+    photos, beside = put(tmp_path / "my photos.v2", 12), tmp_path / "my photos.v2.csv"
+    assert make(tmp_path, photos).params.prepare.labels == "auto"
+    (photos / "labels.csv").rename(beside)
+    made = make(tmp_path, photos)
+    assert made.params.prepare.labels == str(beside)
+    (choice,) = (choice for choice in made.choices if choice.name == "prepare.labels")
+    assert choice.why == "found beside the folder of the images"
+    # Two of one name: what is read could not be told.
+    (photos / "images" / beside.name).write_text(beside.read_text())
+    with pytest.raises(UserError, match="may both hold the labels; name one by --labels"):
+        make(tmp_path, photos)
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "refused"),
+    [
+        (["masks"], "masks", None),
+        (["SegmentationClass"], "SegmentationClass", None),
+        (["masks", "SegmentationClass"], "SegmentationClass", "move masks away$"),
+        (["masks"], "../drawn", "not from .*drawn; move masks away, and link yours: ln -s"),
+        ([], "../drawn", "move them there, or link them: ln -s .*drawn .*/masks"),
+    ],
+)
+def test_masks_are_those_that_were_given_or_refused(there, given, refused, tmp_path):
+    assert choices.MASKS == source._MASKS
+    photos = put(tmp_path / "photos", 12, masks=True)
+    (photos / "masks").rename(tmp_path / "drawn")
+    for name in there:
+        shutil.copytree(tmp_path / "drawn", photos / name)
+    if not refused:
+        made = make(tmp_path, photos, masks=photos / given)
+        assert "12 masks" in made.lines()[0]
+        return
+    with pytest.raises(UserError, match=refused) as error:
+        make(tmp_path, photos, masks=photos / given)
+    assert "\n" not in str(error.value)
+
+
+def test_masks_elsewhere_are_read_by_a_link(tmp_path):
+    photos = put(tmp_path / "photos", 12, masks=True)
+    (photos / "masks").rename(tmp_path / "drawn")
+    (photos / "masks").symlink_to(tmp_path / "drawn")
+    assert "12 masks" in make(tmp_path, photos, masks=tmp_path / "drawn").lines()[0]
 
 
 def test_faults_of_the_lists_are_told_and_left_to_prepare(tmp_path):

@@ -112,6 +112,16 @@ def test_images_inside_of_the_project_stay_out_of_git(chosen, tmp_path, fast):
     assert (tmp_path / "fruit/.gitignore").read_text().endswith("\n/photos/\n")
 
 
+@pytest.mark.parametrize("place", [".", "fruit", "images/deep/fruit"])
+def test_no_project_lies_in_its_images(place, chosen, tmp_path, fast):
+    prepare = chosen.params.prepare.model_copy(update={"root": str(tmp_path)})
+    inside = chosen.params.model_copy(update={"prepare": prepare})
+    given = choices.Chosen(chosen.yaml, inside, chosen.found, chosen.choices)
+    with pytest.raises(UserError, match="would lie in each other; make the project outside"):
+        folder.create(tmp_path / place, given)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_cannot_become_a_project(chosen, tmp_path):
     (tmp_path / "fruit").touch()
     with pytest.raises(UserError, match="is a file"):

@@ -41,6 +41,23 @@ def test_the_digest_of_code_follows_names_and_contents(tmp_path, monkeypatch):
     assert seen[2] == seen[3] and seen[5] == seen[6], "folders and the CLI are no code of a result"
 
 
+def test_a_page_is_no_code_of_a_stage_but_of_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    (tmp_path / "reporting/page").mkdir(parents=True)
+    (tmp_path / "experiments").mkdir()
+    seen = []
+    for name in (
+        "metrics.py",
+        "reporting/x.py",
+        "reporting/page/index.html.j2",
+        "experiments/x.py",
+    ):
+        (tmp_path / name).touch()
+        seen.append((identity.of_code("report"), identity.of_code()))
+    assert len({stage for stage, _ in seen}) == 1
+    assert len({every for _, every in seen}) == 3 and seen[2] == seen[3]
+
+
 def test_the_digest_of_parameters_depends_on_every_value():
     tree = {"crf": {"steps": 10, "weights": [4, 3]}, "seed": 1}
     assert identity.digest(tree) == identity.digest({"seed": 1, "crf": dict(tree["crf"])})

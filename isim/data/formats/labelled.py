@@ -3,13 +3,13 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from isim.data import files, label_sets, prepared
 from isim.data.formats import listing
@@ -22,16 +22,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image with its label map: `id` is a relative path without suffix, split may be empty."""
+    """An image with its label map.
+
+    `id` is a relative path without suffix, `split` may be empty; `shown` is the range of an image
+    of more than 8 bits.
+    """
 
     id: str
     image: Path
     path: Path
     split: str
+    shown: Sequence[float] | None = None
 
     def read(self) -> NDArray[np.uint8]:
         """Read the (H, W, 3) uint8 RGB image; errors as `files.read_image`."""
-        return files.read_image(self.image)
+        return files.read_photograph(self.image, self.shown)
 
     def label(self) -> NDArray[np.uint8]:
         """Read the (H, W) uint8 label map, 255 = ignore. UserError where sizes differ."""
@@ -82,7 +87,7 @@ def put_image(entry: Labelled, path: Path, *, copy: bool) -> None:
     Raises UserError for an unreadable image.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if is_turned(entry.image):
+    if files.orientation(entry.image) > 1:
         Image.fromarray(entry.read()).save(path, quality=95)
     elif copy:
         shutil.copyfile(entry.image, path)
@@ -90,13 +95,9 @@ def put_image(entry: Labelled, path: Path, *, copy: bool) -> None:
         path.symlink_to(entry.image.resolve())
 
 
-def is_turned(path: Path) -> bool:
-    """Tell whether an image's EXIF data say that it is to be turned or mirrored."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-
-
-def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
+def collect(
+    source: str, images: Path | None, root: Path, shown: Sequence[float] | None = None
+) -> LabelledSet:
     """Find label maps and their images.
 
     Args:
@@ -104,13 +105,14 @@ def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
             or the name of a label set.
         images: Folder of the images; None: those of the project.
         root: Project folder.
+        shown: Range of images of more than 8 bits below `images`; None: they are refused.
 
     Raises:
         UserError: No such folder or label set, no label map, a label map without an image, no
             names of classes.
     """
     folder = root / source
-    splits = _splits(root) if images is None else {"": _below(images)}
+    splits = _splits(root) if images is None else {"": _below(images, folder)}
     if label_set_path(source) is not None and not folder.is_dir():
         data = prepared.load(root)
         stored = label_sets.available(source, data.splits, root)
@@ -128,7 +130,7 @@ def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
     if not stored:
         raise UserError(f"{folder} holds no label maps (*.png); run `isim masks` first")
     found = {
-        id_: Labelled(id_, path, stored[id_], split)
+        id_: Labelled(id_, path, stored[id_], split, shown)
         for split, paths in splits.items()
         for id_, path in paths.items()
         if id_ in stored
@@ -142,42 +144,29 @@ def collect(source: str, images: Path | None, root: Path) -> LabelledSet:
     return LabelledSet(names, tuple(found[id_] for id_ in sorted(found)))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """List the images of a folder and its subfolders; warns of files in formats that are not read.
+def images_below(folder: Path, aside: Collection[Path] = ()) -> Mapping[str, Path]:
+    """List the images of a folder by id; warns of files in formats that are not read.
 
-    Raises UserError for two files of one id, and a name that is not UTF-8.
+    Subfolders `aside` are passed over. Raises UserError for two files of one id, and a name that is
+    not UTF-8.
     """
-    found = listing.images(folder)
+    found = listing.images(folder, aside)
     for problem in found.problems:
         raise UserError(problem.what)
     for problem in listing.passed_over(found):
         logger.warning(problem.what)
-    return list(found.images.values())
+    return found.images
 
 
-def _below(folder: Path) -> dict[str, Path]:
+def _below(folder: Path, label_maps: Path) -> Mapping[str, Path]:
     if not folder.is_dir():
         raise UserError(f"--images: {folder} is no folder; name that of the images")
-    return by_id((path, folder) for path in images_below(folder))
+    return images_below(folder, [label_maps])
 
 
-def by_id(paths: Iterable[tuple[Path, Path]]) -> dict[str, Path]:
-    """Name images, each with the folder that its id is relative to. UserError for two of a name."""
-    found: dict[str, Path] = {}
-    for path, folder in paths:
-        other = found.setdefault(_id(path, folder), path)
-        if other != path:
-            raise UserError(f"{other} and {path} would have one mask; rename one of them")
-    return found
-
-
-def _id(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
-
-
-def _splits(root: Path) -> Mapping[str, dict[str, Path]]:
+def _splits(root: Path) -> Mapping[str, Mapping[str, Path]]:
     """Images of the project by split and id; one that is in several splits is in the first."""
-    found: dict[str, dict[str, Path]] = {}
+    found: dict[str, Mapping[str, Path]] = {}
     seen: set[str] = set()
     for split, items in prepared.load(root).splits.items():
         found[split] = {item.id: item.image for item in items if item.id not in seen}
