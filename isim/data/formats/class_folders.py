@@ -1,10 +1,31 @@
 """A folder a class: an image's label is the folder that it lies in."""
 
-from collections.abc import Iterable
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
 from isim.data.formats.tagged import BACKGROUND_NAME, NONE_NAME, SPLITS, Tagged, Tags
 from isim.data.problems import Problem
+from isim.runtime.identity import md5
+
+
+def copies(images: Mapping[str, Path]) -> dict[str, str]:
+    """Find files of one name and content in several folders: the id of each but the first to its.
+
+    An image of several classes is in the folder of each.
+    """
+    alike: dict[tuple[str, int], list[str]] = {}
+    for id_ in sorted(images):
+        if images[id_].is_file():
+            size = images[id_].stat().st_size
+            alike.setdefault((images[id_].name, size), []).append(id_)
+    found: dict[str, str] = {}
+    for ids in alike.values():
+        firsts: dict[str, str] = {}
+        for id_ in ids if len(ids) > 1 else ():
+            first = firsts.setdefault(md5(images[id_]), id_)
+            if first != id_:
+                found[id_] = first
+    return found
 
 
 def read(ids: Iterable[str]) -> Tags:

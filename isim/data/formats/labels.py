@@ -1,5 +1,7 @@
 """Labels of a folder of images: which file or form they have, and reading them."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +22,15 @@ _XML_FOLDERS = ("Annotations", "annotations")
 
 
 class Read(NamedTuple):
-    """Tags of a folder; where they are COCO's instances, these too; and what was read, in words."""
+    """Tags of a folder; where they are COCO's instances, these too; and what was read, in words.
+
+    `copies` are ids of images that are the same as another one, which has their tags, too.
+    """
 
     tags: Tags
     instances: Instances | None
     form: str
+    copies: Mapping[str, str] = {}
 
 
 def read(wanted: str, root: Path, images: Path, listing: Listing) -> Read:
@@ -114,7 +120,17 @@ def _folders_of(_: Path, __: Path, listing: Listing) -> Read | None:
     tags = class_folders.read(listing.images)
     if not tags.rows and not tags.problems:
         return None
-    return Read(tags, None, FOLDERS)
+    # A set that lies in folders of splits is told of images that are in two of them.
+    if any(row.split for row in tags.rows):
+        return Read(tags, None, FOLDERS)
+    copies = class_folders.copies(listing.images)
+    rows = tuple(replace(row, image=copies.get(row.image, row.image)) for row in tags.rows)
+    notes = tags.notes
+    if copies:
+        first, other = next((kept, id_) for id_, kept in copies.items())
+        told = f"such as {other} of {first}; each image has the classes of all its folders"
+        notes = (*notes, f"{len(copies)} files are copies in other folders, {told}")
+    return Read(replace(tags, rows=rows, notes=notes), None, FOLDERS, copies)
 
 
 def _existing(root: Path, names: tuple[str, ...]) -> list[Path]:

@@ -79,6 +79,10 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     given = label_files.read(params.labels, root, images, listing)
     if not given.tags.rows and not any(problem.error for problem in given.tags.problems):
         raise UserError(f"{root}: {given.form} names no image; write a row for each image")
+    if given.copies:
+        single = {id_: path for id_, path in listing.images.items() if id_ not in given.copies}
+        listing = replace(listing, images=single)
+        names = Names(listing)
     found.problems += given.tags.problems
     found.notes += [f"labels: {given.form}", *given.tags.notes]
     for row in given.tags.rows:

@@ -12,6 +12,15 @@ def test_the_first_folder_is_the_class_and_the_rest_has_none():
     }
 
 
+def test_files_of_one_name_and_content_are_one_image(tmp_path):
+    images = {}
+    for id_, text in {"a/1": "x", "b/1": "x", "c/1": "y", "b/2": "x", "c/2": "x"}.items():
+        images[id_] = tmp_path / f"{id_}.jpg"
+        images[id_].parent.mkdir(exist_ok=True)
+        images[id_].write_text(text)
+    assert class_folders.copies(images) == {"b/1": "a/1", "c/2": "b/2"}
+
+
 def test_splits_are_so_only_if_all_folders_are():
     found = class_folders.read(["Train/cat/1", "val/dog/2", "val/3"])
     assert [(row.image, row.labels, row.split) for row in found.rows] == [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import unicodedata
 
 import numpy as np
@@ -142,6 +143,14 @@ def test_a_folder_for_each_class(tmp_path):
     assert labels(source) == expected | {"rest": None}
     assert source.classes == ("Ape", "cat") and source.problems == ()
     assert "folder none: 1 images that show none of the classes" in source.notes
+
+
+def test_an_image_in_the_folders_of_two_classes_has_both(tmp_path):
+    put_photos(tmp_path, ["cat/1.jpg", "dog/2.jpg"])
+    shutil.copy(tmp_path / "cat/1.jpg", tmp_path / "dog/1.jpg")
+    source = read(tmp_path)
+    assert labels(source) == {"cat/1": ("cat", "dog"), "dog/2": ("dog",)}
+    assert any(note.startswith("1 files are copies in other folders") for note in source.notes)
 
 
 def test_folders_of_splits_above_those_of_classes(tmp_path):

@@ -26,8 +26,16 @@ def test_val_is_drawn_and_leaves_every_class_in_train(labels, fraction, seed, da
 def test_further_images_take_none_out_of_val(labels, more, data):
     masked = data.draw(st.sets(st.sampled_from(sorted(labels)))) if labels else set()
     before = splits.draw(labels, masked, 0.3, 0)
-    # Where no id has a low hash that train can spare, val has one of another.
-    stay = {id_ for id_ in before if splits._place(id_, 0) < 0.3}
+
+    def is_drawn(id_):
+        """Not the one that val has where none has a low hash and can be spared."""
+        place = splits._place(id_, 0), id_
+        above = [
+            names for other, names in labels.items() if (splits._place(other, 0), other) > place
+        ]
+        return place[0] < 0.3 and set().union(*above) >= labels[id_]
+
+    stay = {id_ for id_ in before if is_drawn(id_)}
     more = labels | {f"new {id_}": names for id_, names in more.items()}
     after = splits.draw(more, masked, 0.3, 0)
     assert stay <= after
