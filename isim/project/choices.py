@@ -154,22 +154,11 @@ def _require_read(masks: Path, root: Path) -> None:
 
 
 def _labels_beside(source: Source, root: Path) -> list[Choice]:
-    """Name the label file that was found beside the root: it is a dependency of its own.
-
-    Raises UserError where the root has one of the same name.
-    """
-    for note in source.notes:
-        kind, named, suffix = note.rpartition(f" {root.name}.")
-        path = root.with_name(f"{root.name}.{suffix}")
-        if not named or not kind.startswith("labels: ") or not path.is_file():
-            continue
-        below = [root, *(place for place in root.iterdir() if place.is_dir())]
-        if other := next((place for place in below if (place / path.name).exists()), None):
-            raise UserError(
-                f"{other / path.name} and {path} may both hold the labels; name one by --labels"
-            )
-        return [Choice("prepare.labels", str(path), "found beside the folder of the images")]
-    return []
+    """Name the label file that was found beside the root: it is a dependency of its own."""
+    path = source.labels
+    if path is None or path.resolve().is_relative_to(root.resolve()):
+        return []
+    return [Choice("prepare.labels", str(path), "found beside the folder of the images")]
 
 
 def _below(path: Path, root: Path) -> str:

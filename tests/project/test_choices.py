@@ -160,10 +160,6 @@ def test_a_label_file_beside_the_images_is_named(tmp_path):
     assert made.params.prepare.labels == str(beside)
     (choice,) = (choice for choice in made.choices if choice.name == "prepare.labels")
     assert choice.why == "found beside the folder of the images"
-    # Two of one name: what is read could not be told.
-    (photos / "images" / beside.name).write_text(beside.read_text())
-    with pytest.raises(UserError, match="may both hold the labels; name one by --labels"):
-        make(tmp_path, photos)
 
 
 @pytest.mark.parametrize(

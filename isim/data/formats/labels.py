@@ -24,13 +24,15 @@ _XML_FOLDERS = ("Annotations", "annotations")
 class Read(NamedTuple):
     """Tags of a folder; where they are COCO's instances, these too; and what was read, in words.
 
-    `copies` are ids of images that are the same as another one, which has their tags, too.
+    `copies` are ids of images that are the same as another one, which has their tags, too; `path`
+    is that of a label file.
     """
 
     tags: Tags
     instances: Instances | None
     form: str
     copies: Mapping[str, str] = {}
+    path: Path | None = None
 
 
 def read(wanted: str, root: Path, images: Path, listing: Listing) -> Read:
@@ -59,12 +61,13 @@ def read(wanted: str, root: Path, images: Path, listing: Listing) -> Read:
 def of_file(path: Path) -> Read:
     """Read a label file: a table, JSON, JSON lines or COCO's instances. UserError as its reader."""
     if path.suffix.lower() not in _JSON:
-        return Read(tables.read(path), None, f"the table {path.name}")
+        return Read(tables.read(path), None, f"the table {path.name}", path=path)
     content = json_files.load(path)
     if instances.is_instances(content):
         found = instances.read(path, content)
-        return Read(found.tags(), found, f"the COCO file {path.name}")
-    return Read(json_files.read(path, content), None, f"the JSON file {path.name}")
+        return Read(found.tags(), found, f"the COCO file {path.name}", path=path)
+    tags = json_files.read(path, content)
+    return Read(tags, None, f"the JSON file {path.name}", path=path)
 
 
 def _folder(path: Path, images: Path, listing: Listing) -> Read:

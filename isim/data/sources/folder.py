@@ -114,7 +114,8 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     # A split may be there without an image only where an error tells so.
     there = {name: ids for name, ids in parts.items() if ids or name == splits.TRAIN}
     problems = (*found.problems, *found.missing.values())
-    return Source(classes, kept, there, problems, tuple(found.notes), scheme=scheme)
+    notes = tuple(found.notes)
+    return Source(classes, kept, there, problems, notes, scheme=scheme, labels=given.path)
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:

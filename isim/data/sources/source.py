@@ -47,6 +47,7 @@ class Source:
         notes: Lines on the lists that the user should know and need not mend.
         figures: Further figures of the report, by name.
         scheme: What values in masks mean; None: they are 8-bit PNGs of class ids.
+        labels: The label file that was read, where it is one.
     """
 
     classes: tuple[str, ...]
@@ -56,6 +57,7 @@ class Source:
     notes: tuple[str, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
     scheme: masks.Scheme | None = None
+    labels: Path | None = None
 
 
 @dataclass(frozen=True)
