@@ -32,24 +32,27 @@ def maker(
     """
     if isinstance(network, Features):
         return partial(_grown, network, config)
-    device, precision = here.device, here.precision
-    every = torch.arange(1, len(config.classes) + 1, device=device)
-
-    def seen(net: CamNetwork, images: Tensor) -> Tensor:
-        # What `multi_scale_cams` runs, so that the copy is checked on it.
-        labels = net(images, True)[1] if config.decoder_labels else None
-        return net.cam(images, every) if labels is None else labels
-
-    prepared = folding.for_inference(network, seen, device, devices.DTYPES[precision])
+    made = prepared(here, network, config)
 
     def make(items: Sequence[Item], images: Tensor) -> list[Tensor]:
         ids = [torch.from_numpy(item.class_ids) for item in items]
-        with devices.autocast(precision, device):
+        with devices.autocast(here.precision, here.device):
             return multi_scale_cams(
-                prepared, config, images, ids, scales=settings.scales, flip=settings.flip
+                made, config, images, ids, scales=settings.scales, flip=settings.flip
             )
 
     return make
+
+
+def prepared(here: Here, network: CamNetwork, config: CamConfig) -> CamNetwork:
+    """Copy a network for inference, checked on what `multi_scale_cams` runs."""
+    every = torch.arange(1, len(config.classes) + 1, device=here.device)
+
+    def seen(net: CamNetwork, images: Tensor) -> Tensor:
+        labels = net(images, True)[1] if config.decoder_labels else None
+        return net.cam(images, every) if labels is None else labels
+
+    return folding.for_inference(network, seen, here.device, devices.DTYPES[here.precision])
 
 
 def _grown(

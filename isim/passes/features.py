@@ -5,7 +5,7 @@ folder, or a file of it, may be deleted at any time: what is missing is computed
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ class Features:
 
         Raises UserError for an unreadable image, a failed write, or features that are not finite.
         """
-        network, config, here = self.network, self._config, self._here
+        here = self._here
         digested = progress.track(items, "digests of the images")
         places = {item.id: self._file(item) for item in digested}
         # The first process's list: all must leave out the same, though some already write.
@@ -68,18 +68,11 @@ class Features:
         missing = [item for item in items if places[item.id].name not in known]
         missing = list({places[item.id]: item for item in missing}.values())
         if missing:
-
-            def seen(encoder: nn.Module, images: Tensor) -> Tensor:
-                stages = encoder(images)[-config.stages :]
-                return torch.cat([maps.flatten(1) for maps in stages], 1)
-
-            dtype = devices.DTYPES[here.precision]
-            prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
+            make = extractor(here, self.network, self._config)
             atomic.make_directory(self.folder)
 
             def compute(_: Sequence[Item], images: Tensor) -> list[Tensors]:
-                with devices.autocast(here.precision, here.device):
-                    return [(maps.half(),) for maps in frozen.features(prepared, config, images)]
+                return [(maps,) for maps in make(images)]
 
             def finish(item: Item, maps: Array) -> dict[str, Any]:
                 if not np.isfinite(maps).all():
@@ -142,6 +135,28 @@ class Features:
                 files.image_size(item.image)
                 raise
         return self._files[item.id]
+
+
+def extractor(
+    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
+) -> Callable[[Tensor], Tensor]:
+    """Prepare a copy of a network's encoder; return a function that makes features by it.
+
+    They are (B, C, h, w) float16 of (B, 3, H, W) uint8 images of one size.
+    """
+
+    def seen(encoder: nn.Module, images: Tensor) -> Tensor:
+        stages = encoder(images)[-config.stages :]
+        return torch.cat([maps.flatten(1) for maps in stages], 1)
+
+    dtype = devices.DTYPES[here.precision]
+    prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
+
+    def make(images: Tensor) -> Tensor:
+        with devices.autocast(here.precision, here.device):
+            return frozen.features(prepared, config, images).half()
+
+    return make
 
 
 def ready(

@@ -5,26 +5,26 @@ computed there, as a data set's smaller images are computed at their own size. W
 brought to all pixels in bands of rows, so that no array of labels times pixels is ever held.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.metrics import IGNORE
-from isim.models import folding, frozen
+from isim.models import frozen
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_cams, multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import Crf
+from isim.passes import cams, features, predictions
 from isim.runtime import devices
 from isim.runtime.here import Here
 
@@ -112,24 +112,22 @@ class Answer:
         return found
 
 
-class _Features:
-    """A frozen network's encoder, prepared for inference: features as they are cached."""
+def _features(
+    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
+) -> Callable[[Tensor], Tensor]:
+    """Return what makes (C, h, w) float32 of (3, H, W) uint8, rounded as in the cache.
 
-    def __init__(self, here: Here, network: FrozenNetwork, config: Any) -> None:  # noqa: ANN401 - of either kind
-        def seen(encoder: nn.Module, images: Tensor) -> Tensor:
-            return torch.cat([m.flatten(1) for m in encoder(images)[-config.stages :]], 1)
+    It raises UserError for features that are not finite.
+    """
+    make = features.extractor(here, network, config)
 
-        dtype = devices.DTYPES[here.precision]
-        self._here, self._config = here, config
-        self._encoder = folding.for_inference(network.encoder, seen, here.device, dtype)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(C, h, w) float32 of (3, H, W) uint8, rounded to float16 as in the cache."""
-        with devices.autocast(self._here.precision, self._here.device):
-            found = frozen.features(self._encoder, self._config, image[None])[0]
+    def of_image(image: Tensor) -> Tensor:
+        found = make(image[None])[0].float()
         if not torch.isfinite(found).all():
             raise UserError("the encoder's features are not finite; set precision to fp32")
-        return found.half().float()
+        return found
+
+    return of_image
 
 
 class BySegmenter:
@@ -151,14 +149,9 @@ class BySegmenter:
         devices.place(network, here.device)
         self._network: Segmenter | FrozenNetwork = network
         if isinstance(network, FrozenNetwork):
-            self._features = _Features(here, network, config)
+            self._features = _features(here, network, config)
         else:
-            self._network = folding.for_inference(
-                network,
-                lambda net, images: net(images),
-                here.device,
-                devices.DTYPES[here.precision],
-            )
+            self._network = predictions.prepared(here, network)
 
     def __call__(
         self, image: NDArray[np.uint8], class_ids: NDArray[np.int64] | None = None
@@ -214,16 +207,9 @@ class ByTags:
         devices.place(network, here.device)
         self._network: CamNetwork | FrozenNetwork = network
         if isinstance(network, FrozenNetwork):
-            self._features = _Features(here, network, config)
-            return
-        every = torch.arange(1, len(config.classes) + 1, device=here.device)
-
-        def seen(net: CamNetwork, images: Tensor) -> Tensor:
-            labels = net(images, True)[1] if config.decoder_labels else None
-            return net.cam(images, every) if labels is None else labels
-
-        dtype = devices.DTYPES[here.precision]
-        self._network = folding.for_inference(network, seen, here.device, dtype)
+            self._features = _features(here, network, config)
+        else:
+            self._network = cams.prepared(here, network, config)
 
     def cams(self, image: NDArray[np.uint8], class_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """CAMs (K', h, w) in [0, 1] of (H, W, 3) uint8 RGB at the working size."""

@@ -178,6 +178,12 @@ def _predictor(
     return predicted
 
 
+def prepared(here: Here, network: Segmenter) -> Segmenter:
+    """Copy a network for inference."""
+    dtype = devices.DTYPES[here.precision]
+    return folding.for_inference(network, lambda net, images: net(images), here.device, dtype)
+
+
 def _probable(
     here: Here, network: Segmenter | Features, config: SegmenterConfig, params: TrainSegmenter
 ) -> Callable[[Item, Tensor], Tensor]:
@@ -190,14 +196,12 @@ def _probable(
             return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
 
         return upsampled
-    prepared = folding.for_inference(
-        network, lambda net, images: net(images), here.device, devices.DTYPES[here.precision]
-    )
+    made = prepared(here, network)
 
     def averaged(_: Item, image: Tensor) -> Tensor:
         with devices.autocast(here.precision, here.device):
             return multi_scale_probabilities(
-                prepared, config, image, scales=params.test_scales, flip=params.test_flip
+                made, config, image, scales=params.test_scales, flip=params.test_flip
             )
 
     return averaged
