@@ -1,6 +1,5 @@
 """Choice of the images whose masks would tell most, and where to put the masks."""
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from isim.data import prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.params import Prepare, load
+from isim.reporting.page import content
 from isim.runtime import atomic
 from isim.runtime.paths import resolve_path
 
@@ -56,11 +56,9 @@ def write(root: Path, count: int, split: str | None) -> str:
             the file cannot be written.
     """
     path = root / "reports/report/images.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            images = list(csv.DictReader(stream))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; run `isim report` first") from error
+    if not path.is_file():
+        raise UserError(f"cannot read {path}: it does not exist; run `isim report` first")
+    images = content.rows(path)
     if split is not None:
         images = [row for row in images if split in row["splits"].split(";")]
     rows = choose(images, count)

@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from support import projects
 
 from isim.data import prepared
+from isim.experiments import overlay
+from isim.reporting.page import sources
 
+PIPELINE = Path(__file__).parents[2] / "dvc.yaml"
 EXTERNAL = re.compile(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|@import|url\(["']?https?:""")
 
 
@@ -20,6 +24,11 @@ def gallery_of(root):
     tag = r'<script type="application/json" id="gallery">(.*?)</script>'
     script = re.search(tag, page_of(root))
     return json.loads(script[1])
+
+
+def test_dvc_knows_all_that_the_page_is_made_from():
+    deps = overlay.plain(PIPELINE.read_text())["stages"]["report"]["deps"]
+    assert set(sources.READ) == {dep for dep in deps if not dep.startswith("isim/")}
 
 
 def test_a_page_of_a_finished_project(run, finished, recorder):

@@ -64,12 +64,8 @@ def scheme(
 
 def _table(path: Path) -> dict[Color, str]:
     """Read lines such as `cat 128 0 0`, `cat:128,0,0::` or `cat #800000`."""
-    try:
-        lines = tagged.text_of(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); write it in UTF-8") from error
     found: dict[Color, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(tagged.lines_of(path), start=1):
         text = line.strip()
         if not text or re.match(r"#(?![0-9a-fA-F]{6}\b)", text):
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isim.data.problems import Problem
+from isim.errors import UserError
 
 # Names of columns and keys, the likeliest first; they are compared by `plain`.
 IMAGE_NAMES = (
@@ -107,3 +108,11 @@ def text_of(path: Path) -> str:
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = data.decode("utf-16" if utf16 else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def lines_of(path: Path) -> list[str]:
+    """Read the lines of a text file as `text_of` does. Raises UserError when it is none."""
+    try:
+        return text_of(path).split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); write it in UTF-8") from error

@@ -83,6 +83,9 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
         single = {id_: path for id_, path in listing.images.items() if id_ not in given.copies}
         listing = replace(listing, images=single)
         names = Names(listing)
+    if params.labels == label_files.AUTO and given.path and not given.path.is_relative_to(root):
+        what = f"{given.path} lies outside {root}; name it in prepare.labels, so that DVC sees it"
+        found.problems.append(Problem("labels beside the images", what, error=False))
     found.problems += given.tags.problems
     found.notes += [f"labels: {given.form}", *given.tags.notes]
     for row in given.tags.rows:
@@ -252,11 +255,7 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
 def _listed(path: Path) -> tuple[str, ...] | None:
     if not path.exists():
         return None
-    try:
-        lines = tagged.text_of(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); write it in UTF-8") from error
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in tagged.lines_of(path) if line.strip()]
     wrong = sorted({name for name in names if ";" in name or names.count(name) > 1})
     wrong += [name for name in names if name.lower() == BACKGROUND_NAME]
     if wrong:

@@ -8,7 +8,6 @@ from pathlib import Path
 from isim.data.formats import tagged
 from isim.data.formats.listing import Names
 from isim.data.problems import Problem
-from isim.errors import UserError
 from isim.runtime.identity import sha256
 
 TRAIN, VAL, TEST, UNLABELLED = "train", "val", "test", "unlabelled"
@@ -72,12 +71,8 @@ def lists(root: Path, names: Names, problems: list[Problem]) -> dict[str, dict[s
 
 
 def _listed(path: Path, names: Names, problems: list[Problem]) -> dict[str, str]:
-    try:
-        lines = tagged.text_of(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); write it in UTF-8") from error
     found: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(tagged.lines_of(path), start=1):
         if not line.strip():
             continue
         where = f"{path.name} line {number}"

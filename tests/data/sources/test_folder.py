@@ -171,13 +171,16 @@ def test_label_files_are_found_or_must_be_named(tmp_path):
     rows("a,x", "b,")(tmp_path)
     (tmp_path / "labels.csv").rename(tmp_path / "photos.csv")
     assert read(root).entries["a"].labels == ("x",)
+    (told,) = (p for p in read(root).problems if p.kind == "labels beside the images")
+    assert not told.error and "photos.csv lies outside" in told.what
     rows("a,y", "b,", name="one.csv")(root)
     assert read(root).classes == ("y",)
     rows("a,z", "b,", name="two.csv")(root)
     with pytest.raises(UserError, match=r"2 files may hold the labels \(photos/one.csv, .*name on"):
         read(root)
     assert read(root, labels="two.csv").classes == ("z",)
-    assert read(root, labels=str(tmp_path / "photos.csv")).classes == ("x",)
+    named = read(root, labels=str(tmp_path / "photos.csv"))
+    assert named.classes == ("x",) and named.problems == ()
     rows("a,u", "b,", name="Labels.csv")(root)
     assert read(root).classes == ("u",)
     with pytest.raises(UserError, match=r"prepare.labels: .*three.csv does not exist"):
