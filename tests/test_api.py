@@ -24,9 +24,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    names = (*checkpoints.SEGMENTERS, *checkpoints.CAMS)
-    return {name: checkpoints.save(name, folder / name) for name in names}
+    return checkpoints.save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from support import installs
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -79,14 +80,8 @@ def test_constraints_are_versions_alone_and_pin_what_is_declared():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Names in a wheel, built of a copy as setuptools leaves `build/` in the folder."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "isim", folder / "isim")
-    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-    return set(zipfile.ZipFile(next(folder.glob("*.whl"))).namelist())
+    """Names in a wheel."""
+    return set(zipfile.ZipFile(installs.wheel(tmp_path_factory.mktemp("wheel"))).namelist())
 
 
 def test_a_wheel_holds_the_code_kernels_paper_presets_and_types(wheel):

@@ -1,13 +1,12 @@
 """The real pipeline under DVC and MLflow: preset `tiny` in a repository of its own."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import installs
 
 from isim.experiments import overlay, preset
 
@@ -27,22 +26,9 @@ AFTER_TRAINING = [stage for stage in STAGES[1:] if stage != CEILING]
 
 def run(folder, *command, **changes):
     """Standard output of a command that must succeed, free of the caller's settings."""
-    ours = ("DVC_", "GIT_", "ISIM_", "MLFLOW_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    state = folder.parent / "dvc_state"
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        # The code that is run is the code that DVC sees, as in a clone that was installed.
-        "PYTHONPATH": str(folder),
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "DVC_GLOBAL_CONFIG_DIR": str(state / "global"),
-        "DVC_SYSTEM_CONFIG_DIR": str(state / "system"),
-        "DVC_SITE_CACHE_DIR": str(state / "site"),
-        "ISIM_DEVICE": "cpu",
-        "ISIM_WORKERS": "0",
-        "OMP_NUM_THREADS": "1",
-    } | changes
+    # The code that is run is the code that DVC sees, as in a clone that was installed.
+    own = {"PYTHONPATH": str(folder), "ISIM_WORKERS": "0"} | changes
+    environment = installs.environment(folder.parent / "dvc_state", **own)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout

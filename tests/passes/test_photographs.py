@@ -23,9 +23,7 @@ def photograph(*size):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    names = (*checkpoints.SEGMENTERS, *checkpoints.CAMS)
-    return {name: checkpoints.save(name, folder / name) for name in names}
+    return checkpoints.save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

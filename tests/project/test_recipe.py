@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import installs
 from support.photos import put
 
 ROOT = Path(__file__).parents[2]
@@ -26,35 +27,23 @@ ENCODER = "tf_efficientnet_lite2.in1k"
 def installed(tmp_path_factory):
     """Variables of a shell in which a wheel of this isim is installed, built without a network."""
     base = tmp_path_factory.mktemp("installed")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, base)
-    shutil.copytree(ROOT / "isim", base / "isim")
-    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=base, check=True, capture_output=True)
+    built = installs.wheel(base)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     target = base / "site"
-    subprocess.run([*pip, "--target", target, next(base.glob("*.whl"))], check=True)
+    subprocess.run([*pip, "--target", target, built], check=True)
     shutil.rmtree(base / "isim")
     # In the place of timm's download; a person without a network does the same.
     weights = base / f"shared/weights/{ENCODER}.safetensors"
     weights.parent.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(timm.create_model(ENCODER.partition(".")[0]).state_dict(), weights)
-    ours = ("DVC_", "GIT_", "ISIM_", "MLFLOW_", "PYTHON")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    paths = (target / "bin", Path(sys.executable).parent, environment["PATH"])
-    return environment | {
-        "PATH": os.pathsep.join(map(str, paths)),
-        "PYTHONPATH": str(target),
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "DVC_GLOBAL_CONFIG_DIR": str(base / "dvc/global"),
-        "DVC_SYSTEM_CONFIG_DIR": str(base / "dvc/system"),
-        "DVC_SITE_CACHE_DIR": str(base / "dvc/site"),
-        "ISIM_SHARED": str(base / "shared"),
-        "ISIM_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    paths = (target / "bin", Path(sys.executable).parent, os.environ["PATH"])
+    return installs.environment(
+        base / "dvc",
+        PATH=os.pathsep.join(map(str, paths)),
+        PYTHONPATH=str(target),
+        ISIM_SHARED=str(base / "shared"),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,11 @@ SEGMENTERS = ("frozen_segmenter", "deeplabv2")
 CAMS = ("frozen", "deeplabcam")
 
 
+def save_all(folder):
+    """Write all of them; returns their paths by name."""
+    return {name: save(name, folder / name) for name in (*SEGMENTERS, *CAMS)}
+
+
 def save(name, path):
     """Write a checkpoint of a network that tells classes apart."""
     is_frozen = name.startswith("frozen")
