@@ -1,19 +1,15 @@
 """Networks for inference: batch normalisation and activations taken into the convolutions."""
 
 import copy
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from isim.models.cam import CamNetwork
@@ -32,8 +28,6 @@ _FUSED: dict[type[nn.Module], tuple[str, list[float]]] = {
 }
 # An identity is not watched: what it returns is what it was given.
 _ACTIVATIONS = tuple(kind for kind in _FUSED if kind is not nn.Identity)
-# Bytes of a strip's largest map between convolutions: what stays in a core's caches.
-STRIP_BYTES = 4 << 20
 # Largest difference, as a share of the largest value, that rounding explains (TF32 on GPUs).
 _TOLERANCE = 1e-2
 
@@ -47,8 +41,7 @@ def for_inference(
     """Copy a network for inference: the same function, computed faster.
 
     A batch normalisation whose input is a convolution's output becomes part of its weights. On
-    the CPU an activation that follows is computed as the convolution's result is written, and
-    convolutions of which each reads the one before go through an image in strips (`Strips`). With a
+    the CPU an activation that follows is computed as the convolution's result is written. With a
     reduced `dtype` the weights of these convolutions are stored in it, as autocast would cast
     them at every call. Where the classifier of CAMs reads a convolution's result as it is, both
     become one, in full precision, and the encoder's last map holds the scores of the classes: of
@@ -77,32 +70,18 @@ def for_inference(
     for chain in chains:
         places |= _folded(*chain, fuses=fuses)
     scoring = _scoring(folded, last, places) if fuses else None
-    _put(folded, places)
+    for parent in list(folded.modules()):
+        for name, child in list(parent.named_children()):
+            if child in places:
+                setattr(parent, name, places[child])
     with torch.inference_mode():
-        expected = run(plain, probe)
-        if not _agree(run(folded, probe), expected):
-            return plain
-        if fuses:
-            strips = _strips(folded, lambda: run(folded, probe))
-            _put(folded, strips)
-            if not _agree(run(folded, probe), expected):
-                _put(folded, {made: replaced for replaced, made in strips.items()})
+        expected, found = run(plain, probe), run(folded, probe)
+    if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+        return plain
     for convolution, *_ in chains:
         if places[convolution] is not scoring:
             places[convolution].to(dtype)
     return folded
-
-
-def _put(network: nn.Module, places: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules into the places of others."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if child in places:
-                setattr(parent, name, places[child])
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _chains(network: nn.Module, run: Callable[[], Tensor]) -> tuple[list[_Chain], _Chain]:
@@ -192,64 +171,6 @@ def _folded(
     return dict(zip((convolution, norm, *activations), (first, *after), strict=True))
 
 
-class _Uses(TorchDispatchMode):
-    """Count of the operators that read each tensor, by its id; one that returns it does not."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[int] = Counter()
-
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., object],
-        _: object,
-        args: tuple[object, ...] = (),
-        given: Mapping[str, object] | None = None,
-    ) -> object:
-        made = function(*args, **(given or {}))
-        self.counts.update(id(leaf) for leaf in tree_leaves((args, given)) if leaf is not made)
-        return made
-
-
-def _strips(network: nn.Module, run: Callable[[], Tensor]) -> dict[nn.Module, nn.Module]:
-    """Modules for the places of fused convolutions of which each alone reads the one before."""
-    runs: Counter[nn.Module] = Counter()
-    makers: dict[int, FusedConv] = {}
-    kept: list[Tensor] = []  # so that no tensor's id comes twice
-    before: dict[FusedConv, tuple[FusedConv, int]] = {}
-
-    def start(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        runs[module] += 1
-        if isinstance(module, FusedConv) and (given := id(inputs[0])) in makers:
-            before[module] = makers[given], given
-
-    def end(module: nn.Module, _: tuple[Tensor, ...], made: Tensor) -> None:
-        if isinstance(module, FusedConv):
-            makers[id(made)] = module
-            kept.append(made)
-
-    hooks: list[RemovableHandle] = []
-    for module in network.modules():
-        if isinstance(module, FusedConv):
-            hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
-    with _Uses() as uses:
-        run()
-    for hook in hooks:
-        hook.remove()
-    after = {
-        first: then
-        for then, (first, made) in before.items()
-        if uses.counts[made] == runs[first] == runs[then] == 1
-    }
-    places: dict[nn.Module, nn.Module] = {}
-    for first in after.keys() - set(after.values()):
-        chain = [first]
-        while chain[-1] in after:
-            chain.append(after[chain[-1]])
-        places |= {first: Strips(chain), **{other: nn.Identity() for other in chain[1:]}}
-    return places
-
-
 class FusedConv(nn.Module):
     """A convolution with zero padding, on the CPU, with the activation that follows it.
 
@@ -260,96 +181,15 @@ class FusedConv(nn.Module):
         """Take the weights over."""
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
-        # `_folded` leaves convolutions alone whose padding is a word.
-        self._padding: Any = convolution.padding
-        self._stride, self._dilation = convolution.stride, convolution.dilation
-        self._geometry = (list(self._stride), list(self._dilation), convolution.groups)
+        geometry = (convolution.padding, convolution.stride, convolution.dilation)
+        self._geometry = (*map(list, geometry), convolution.groups)
         self._activation = (activation, numbers, "")
         self.activates = activation != "none"
 
-    def forward(self, images: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-        """Turn (B, C, H, W) into (B, C', H', W') in the weights' dtype.
-
-        With `rows`, so many rows of zeros above and below, instead of the padding there.
-        """
-        above, sides = self._padding
-        if rows is not None:
-            images, above = F.pad(images, (0, 0, *rows)) if any(rows) else images, 0
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn (B, C, H, W) into (B, C', H', W') in the weights' dtype."""
         convolve = torch.ops.mkldnn._convolution_pointwise
         result: Tensor = convolve(
-            images.to(self.weight.dtype),
-            self.weight,
-            self.bias,
-            [above, sides],
-            *self._geometry,
-            *self._activation,
+            images.to(self.weight.dtype), self.weight, self.bias, *self._geometry, *self._activation
         )
         return result
-
-    def needed(self, start: int, stop: int) -> tuple[int, int]:
-        """First row, which may be in the padding, and end of what gives rows start to stop."""
-        first = start * self._stride[0] - self._padding[0]
-        return first, first + (stop - start - 1) * self._stride[0] + self._reach(0)
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the result of a map."""
-        sides = [
-            (side + 2 * self._padding[axis] - self._reach(axis)) // self._stride[axis] + 1
-            for axis, side in enumerate((height, width))
-        ]
-        return sides[0], sides[1]
-
-    def _reach(self, axis: int) -> int:
-        return self._dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1
-
-
-class Strips(nn.Module):
-    """Convolutions of which each reads the one before, a strip of rows after the other.
-
-    What lies between them stays in the processor's cache, where whole maps of a large image would
-    go through memory. The results are the same bits.
-    """
-
-    def __init__(self, convolutions: Sequence[FusedConv]) -> None:
-        """Hold the convolutions."""
-        super().__init__()
-        self.convolutions = nn.ModuleList(convolutions)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn (B, C, H, W) into (B, C', H', W')."""
-        chain: list[FusedConv] = list(self.convolutions)  # type: ignore[arg-type]
-        sizes = [(images.shape[2], images.shape[3])]
-        for convolution in chain:
-            sizes.append(convolution.size(*sizes[-1]))
-        between = zip(chain[:-1], sizes[1:], strict=False)
-        largest = max(h * w * c.weight.shape[0] * c.weight.element_size() for c, (h, w) in between)
-        if largest <= STRIP_BYTES:
-            for convolution in chain:
-                images = convolution(images)
-            return images
-        height, width = sizes[-1]
-        rows = math.ceil(height / math.ceil(largest / STRIP_BYTES))
-        shape = (len(images), chain[-1].weight.shape[0], height, width)
-        result = torch.empty(shape, dtype=chain[-1].weight.dtype, memory_format=torch.channels_last)
-        # Image by image: the rows of one lie in memory without a gap.
-        for image, made in zip(images.split(1), result.split(1), strict=True):
-            for start in range(0, height, rows):
-                stop = min(start + rows, height)
-                made[:, :, start:stop] = _strip(chain, image, start, stop)
-        return result
-
-
-def _strip(chain: Sequence[FusedConv], image: Tensor, start: int, stop: int) -> Tensor:
-    """Compute rows start to stop of what a chain makes of (1, C, H, W)."""
-    heights = [image.shape[2]]
-    for convolution in chain[:-1]:
-        heights.append(convolution.size(heights[-1], image.shape[3])[0])
-    paddings = []
-    for convolution, height in zip(reversed(chain), reversed(heights), strict=True):
-        low, high = convolution.needed(start, stop)
-        start, stop = max(low, 0), min(high, height)
-        paddings.append((start - low, high - stop))
-    rows = image[:, :, start:stop]
-    for convolution, padding in zip(chain, reversed(paddings), strict=True):
-        rows = convolution(rows, padding)
-    return rows

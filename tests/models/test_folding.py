@@ -6,8 +6,7 @@ from support.networks import copied, images, network_of, same
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from isim.models import folding
-from isim.models.folding import FusedConv, Strips, for_inference
+from isim.models.folding import FusedConv, for_inference
 from isim.runtime import devices
 
 CPU = torch.device("cpu")
@@ -173,62 +172,3 @@ def test_a_network_that_makes_no_numbers_is_left_alone():
     chain = randomise(Chain(nn.BatchNorm2d(4)))
     chain.last.weight.data.fill_(float("nan"))
     assert norms(for_inference(chain, nn.Module.__call__, CPU, torch.float32)) == 1
-
-
-def strips(network):
-    return [len(m.convolutions) for m in network.modules() if isinstance(m, Strips)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("encoder", "longest"), [("mobilenetv2_100", 6), ("tf_efficientnet_lite0", 3), ("resnet10t", 2)]
-)
-def test_strips_of_an_image_give_the_same_bits(encoder, longest, dtype, monkeypatch):
-    network = build(encoder)
-    folded = for_inference(network, every, CPU, dtype)
-    assert max(strips(folded)) >= longest
-    pixels = torch.cat([PIXELS, PIXELS.flip(-1)]).contiguous(memory_format=torch.channels_last)
-    found = []
-    for size in (1 << 40, 1 << 15):
-        monkeypatch.setattr(folding, "STRIP_BYTES", size)
-        with (
-            torch.inference_mode(),
-            devices.autocast("fp32" if dtype.itemsize > 2 else "bf16", CPU),
-        ):
-            found.append(every(folded, pixels))
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("last", [{"stride": 2}, {"padding": 0}, {"padding": 3, "dilation": 3}])
-@pytest.mark.parametrize("first", [{}, {"stride": (2, 1)}, {"kernel_size": (5, 1), "padding": 2}])
-def test_rows_that_a_strip_needs_follow_from_the_geometry(first, last, monkeypatch):
-    layers = []
-    for change in (first, {"groups": 4}, last):
-        convolution = nn.Conv2d(4, 4, **{"kernel_size": 3, "padding": 1, **change})
-        layers.append(FusedConv(convolution, "relu", []))
-    chain = Strips(layers)
-    pixels = torch.randn(2, 4, 37, 23).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        expected = nn.Sequential(*layers)(pixels)
-        for size in (1 << 20, 4000, 1):
-            monkeypatch.setattr(folding, "STRIP_BYTES", size)
-            torch.testing.assert_close(chain(pixels), expected, rtol=1e-6, atol=1e-6)
-
-
-class Branch(nn.Module):
-    """Two convolutions in a row, the first of which something else reads, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
-            for _ in range(3)
-        )
-
-    def forward(self, pixels):
-        first = self.layers[0](pixels)
-        return first + self.layers[2](self.layers[1](first))
-
-
-def test_a_map_that_something_else_reads_is_no_part_of_a_strip():
-    assert strips(fold(Branch())) == [2]
