@@ -61,4 +61,5 @@ def presets() -> str:
     for name in preset.titles():
         title, *lines = preset.made(name)[0]
         parts.append(f"## {name}\n\n{title}.\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
-    return "\n".join(parts)
+    # Presets name pages as those who read the file find them.
+    return re.sub(r"docs/([\w-]+)\.md", r"[\1](\1.md)", "\n".join(parts))

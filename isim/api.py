@@ -203,6 +203,13 @@ class Project:
         return {id_: item.image for id_, item in self._items.items()}
 
     @property
+    def sixteen_bit(self) -> tuple[float, float] | None:
+        """Range shown of files of more than 8 bits (`prepare.sixteen_bit`); None: refused."""
+        path = self.root / "params.yaml"
+        shown = load(path).prepare.sixteen_bit if path.exists() else "refuse"
+        return None if shown == "refuse" else shown
+
+    @property
     def splits(self) -> dict[str, tuple[str, ...]]:
         """Ids of the images of each split."""
         return {k: tuple(item.id for item in items) for k, items in self._data.splits.items()}

@@ -174,13 +174,17 @@ def init(
 def plan() -> None:
     """Tell how long the stages will take, and how much disk and memory."""
     from isim.params import load
-    from isim.project import lock
+    from isim.project import choices, growth, lock
     from isim.project import plan as plans
     from isim.runtime import progress
 
-    lock.require(Path.cwd())
+    root = Path.cwd()
+    lock.require(root)
+    params = load(root / "params.yaml")
     with progress.watched("plan"):
-        made = plans.make(load(Path("params.yaml")), Path.cwd())
+        made = plans.make(params, root)
+        unused = growth.lines(params, growth.of_source(choices.look(params.prepare, root)))
+    _note([*growth.unseen_labels(params, root), *unused])
     for line in made.lines():
         typer.echo(line)
 
@@ -369,15 +373,27 @@ def server_archive(
 
 
 def _run(stage: str, *arguments: str) -> None:
-    from isim.project import lock
+    from isim.params import load
+    from isim.project import growth, lock, pipeline
+    from isim.runtime import launcher
     from isim.stage import start
 
-    lock.require(Path.cwd())
+    root = Path.cwd()
+    lock.require(root)
     if stage == "prepare":
-        from isim.project import pipeline
+        pipeline.require(root)
+        start(stage, root)
+        params = load(root / "params.yaml")
+        _note(growth.lines(params, growth.of_project(root)))
+        return
+    if not launcher.started():
+        _note(growth.unseen_labels(load(root / "params.yaml"), root))
+    start(stage, root, *arguments)
 
-        pipeline.require(Path.cwd())
-    start(stage, Path.cwd(), *arguments)
+
+def _note(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(f"isim: note: {line}", err=True)
 
 
 def _show_version(wanted: bool) -> None:

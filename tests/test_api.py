@@ -15,6 +15,7 @@ from support.networks import CLASSES
 import isim
 from isim import api
 from isim.errors import UserError
+from isim.experiments import preset
 from isim.labels.crf import refine as crf
 from isim.params import Crf
 
@@ -51,6 +52,8 @@ def test_the_examples_of_the_documentation_run(finished_project, models, tmp_pat
         shutil.copy(models[name], root / f"models/{place}/model.safetensors")
     photo = next((root / "data/prepared").rglob("*.jpg"))
     shutil.copy(photo, root / "photo.jpg")
+    deep = np.random.default_rng(0).integers(0, 65536, (60, 80)).astype(np.uint16)
+    Image.fromarray(deep).save(root / "scan_16bit.png")
     # As stage masks leaves it.
     shutil.copytree(root / "data/pseudo_labels/round_02", root / "data/masks")
     (root / "reports/masks").mkdir()
@@ -85,12 +88,24 @@ def test_cams_are_in_the_order_of_the_tags(name, models, image):
     assert both.shape == (2, 60, 80) and model.cam(image, []).shape == (0, 60, 80)
 
 
-def test_sixteen_bits_are_read_by_a_range_that_is_given(models, image, tmp_path):
+def preset_of(shown):
+    params = preset.parameters("tiny")
+    prepare = params.prepare.model_copy(update={"sixteen_bit": shown})
+    return params.model_copy(update={"prepare": prepare})
+
+
+def test_sixteen_bits_are_read_by_a_range_that_is_given(
+    models, image, finished_project, tmp_path, monkeypatch
+):
     path, grey = tmp_path / "deep.png", image[..., :1].repeat(3, 2)
     Image.fromarray(grey[..., 0].astype(np.uint16) * 10).save(path)
     model = api.Segmenter.load(models["frozen_segmenter"])
     cam_model = api.CamModel.load(models["frozen"])
     labels = (grey[..., 0] > 100).astype(np.uint8)
+    # The project's own range, as `isim predict` takes it.
+    assert api.Project(finished_project).sixteen_bit is None
+    monkeypatch.setattr(api, "load", lambda _: preset_of((0, 2550)))
+    assert api.Project(finished_project).sixteen_bit == (0, 2550)
 
     def answers(given, **shown):
         return (

@@ -204,20 +204,42 @@ def test_a_tracking_server_that_is_not_there_stops_a_stage_before_it_writes(proj
 
 
 def test_prepare_refuses_data_that_the_pipeline_does_not_depend_on(project, main, monkeypatch):
-    from isim.project import lock, pipeline
+    from isim.project import growth, lock, pipeline
 
     monkeypatch.setattr("isim.stage.start", lambda stage, root: print("started"))
+    monkeypatch.setattr(growth, "of_project", lambda root: {"train": [True], "val": [False]})
     (project / lock.FILE).write_text(lock.text())
     preset.write("own-images", project / "params.yaml")
     params = preset.parameters("own-images").prepare
     (project / "dvc.yaml").write_text(pipeline.text(params))
-    assert main("prepare") == (0, "started\n", "")
+    code, out, told = main("prepare")
+    assert (code, out) == (0, "started\n")
+    assert told.startswith("isim: note: 1 images of train have a mask") and told.count("\n") == 1
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(
         text.replace("labels: auto", "labels: /elsewhere/tags.csv")
     )
     code, _, told = main("prepare")
     assert code == 2 and told.count("\n") == 1 and "run `isim upgrade`" in told
+    assert main("train-cam") == (0, "started\n", "")
+
+
+def test_a_label_file_that_the_pipeline_does_not_see_is_told_by_the_next_stage(
+    project, main, monkeypatch
+):
+    monkeypatch.setattr("isim.stage.start", lambda stage, root: print("started"))
+    (project / "params.yaml").write_text(
+        preset.text("own-images").replace("root: my_data", f"root: {project / 'raw'}")
+    )
+    (project / "raw/cat").mkdir(parents=True)
+    assert main("train-cam") == (0, "started\n", "")
+    (project / "raw.csv").write_text("image,labels\n")
+    code, out, told = main("train-cam")
+    assert (code, out) == (0, "started\n")
+    assert told.startswith("isim: note: labels are read from ") and told.count("\n") == 1
+    assert f"prepare.labels: {project / 'raw.csv'}, then run `isim upgrade`" in told
+    # The process that started this one has told it.
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main("train-cam") == (0, "started\n", "")
 
 

@@ -50,15 +50,25 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.fetched = set(), [], []
+        self.text, self.inside = [], []
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
+        self.inside += [tag] if tag in ("pre", "code") else []
         self.ids.add(values.get("id") or values.get("name"))
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
         if values.get(FETCHED.get(tag)):
             self.fetched.append(values[FETCHED[tag]])
+
+    def handle_endtag(self, tag):
+        if tag in self.inside:
+            self.inside.remove(tag)
+
+    def handle_data(self, data):
+        if "pre" not in self.inside:
+            self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,16 @@ def test_links_lead_to_a_page_and_to_a_heading_there(pages):
             if not found:
                 lost.append(f"{path.name}: {link}")
     assert lost == []
+
+
+def test_pages_are_named_by_links(pages):
+    """In all but the page that tells which files to edit."""
+    named = {
+        path.stem: found
+        for path, page in pages.items()
+        if (found := re.findall(r"docs/[\w-]+\.md", " ".join(page.text)))
+    }
+    assert {*named} == {"architecture"}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION, _SIDEWAYS = 0x0112, 5
+# Formats that every program reads, and the suffixes by which it knows them.
+_USUAL = {
+    "JPEG": {".jpg", ".jpeg"},
+    "MPO": {".jpg", ".jpeg"},
+    "PNG": {".png"},
+    "BMP": {".bmp"},
+    "TIFF": {".tif", ".tiff"},
+    "WEBP": {".webp"},
+}
+_LOSSY = {"JPEG", "MPO", "HEIF", "AVIF", "WEBP"}
 # What a PNG's header may hold that tells an orientation.
 _PNG_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 
@@ -163,6 +173,32 @@ def orientation(path: Path) -> int:
     """Read the EXIF orientation that `read_image` applies, 1 for none; errors as `read_image`."""
     with _opened("image", path) as image:
         return _orientation(image)
+
+
+def unusual(path: Path) -> str:
+    """Say why other programs may not read an image as `read_image` does; empty: they do.
+
+    Errors are those of `read_image`.
+    """
+    with _opened("image", path) as image:
+        form, suffix = str(image.format), path.suffix.lower()
+        if _is_deep(image):
+            return "more than 8 bits"
+        # Pillow turns a TIFF itself, and its tag is still there.
+        turned = form == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1
+        if turned or _orientation(image) > 1:
+            return "turned by EXIF"
+        if suffix not in _USUAL.get(form, ()):
+            return form if form not in _USUAL else f"{form} named {suffix or 'without suffix'}"
+        # The further pictures of a JPEG or a TIFF disturb nobody.
+        moving = form in ("PNG", "WEBP") and getattr(image, "is_animated", False)
+        return "animation" if moving else ""
+
+
+def is_lossy(path: Path) -> bool:
+    """Tell whether an image's format loses detail, as photographs have it."""
+    with _opened("image", path) as image:
+        return image.format in _LOSSY
 
 
 class RawMask(NamedTuple):

@@ -62,7 +62,10 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
     if form == "onnx":
         return _onnx(dest, options, root)
     data = labelled.collect(str(options.source), options.images, root, _shown(root))
-    return f"{dest}: {_writers(data, dest, options)[form]()} of {len(data.entries)} images"
+    told = f"{dest}: {_writers(data, dest, options)[form]()} of {len(data.entries)} images"
+    # Formats that bring the images along.
+    anew = labelled.written_anew(data) if "copy" in TAKES[form] else ""
+    return f"{told}; {anew}" if anew else told
 
 
 def _shown(root: Path) -> tuple[float, float] | None:

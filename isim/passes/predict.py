@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from isim.data import files
 from isim.data.formats import labelled, labels, listing, overlay
 from isim.data.formats.listing import Listing, Names
+from isim.data.formats.tagged import NONE_NAME
 from isim.errors import UserError
 from isim.experiments import preset
 from isim.labels.clean.clean import clean
@@ -160,7 +161,7 @@ def _known(
         if problem.error:
             raise UserError(problem.what)
     tags: dict[str, set[str]] = {}
-    names = Names(Listing(images, {}))
+    names, nothing = Names(Listing(images, {})), 0
     for row in given.rows:
         ids = names.find(row.image) or names.find(row.otherwise)
         if len(ids) > 1:
@@ -168,7 +169,11 @@ def _known(
                 f"{row.where}: {row.image} is the name of several images; write its folder"
             )
         for id_ in ids if row.labels is not None else ():
-            tags.setdefault(id_, set()).update(row.labels or ())
+            said = [name.lower() for name in row.labels or () if name not in classes]
+            # As in the data that were learnt from.
+            none = said == [NONE_NAME] and len(row.labels or ()) == 1
+            nothing += none
+            tags.setdefault(id_, set()).update(() if none else row.labels or ())
     unknown = sorted(set().union(*tags.values()) - set(classes))
     if unknown:
         raise UserError(
@@ -179,6 +184,9 @@ def _known(
         id_: np.array(sorted(classes.index(tag) + 1 for tag in own), np.int64)
         for id_, own in tags.items()
     }
+    if nothing:
+        told = f"`{NONE_NAME}`, none of the classes, in {nothing} rows of {path}"
+        print(f"isim: {told}", file=sys.stderr)
     without = len(images) - len(found)
     if without:
         print(f"isim: {without} of {len(images)} images have no row in {path}", file=sys.stderr)

@@ -25,6 +25,10 @@ SIDES = {"cpu": 512, "cuda": 768}
 LEAST_SIDE = 256
 # A step's patches: at most a quarter of all that there are, and this many at least; not measured.
 BATCH_SHARE, LEAST_BATCH = 4, 256
+# Steps of networks that are trained, not frozen: those of preset voc-sample-mobilenetv2, whose 562
+# images are 35 steps an epoch (docs/results.md); and the bounds of their epochs, not measured.
+STEPS = {"train_cam": 700, "train_segmenter": 420}
+EPOCHS = (10, 100)
 # Folders of masks below the root, as the source `folder` looks for them: the first counts.
 MASKS = ("masks", "SegmentationClass")
 # With fewer images each is worth more to learn from than to look at.
@@ -77,22 +81,28 @@ def make(wishes: Wishes, folder: Path) -> Chosen:
     Raises UserError when the data cannot be read, or for a wish that cannot be granted.
     """
     tree = YAML(typ="rt").load(preset.text(wishes.preset))
+    # What is chosen depends on them, and they count last.
+    given = [_setting(text) for text in wishes.settings]
     choices = [] if wishes.images is None else _data(wishes)
-    params = _merged(tree, choices)
+    params = _merged(tree, [*choices, *given])
     source = look(params.prepare, folder)
     if wishes.images is not None and wishes.labels is None:
         choices += _labels_beside(source, Path(params.prepare.root))
     if wishes.images is not None and len(source.entries) < FEW_IMAGES:
         choices.append(Choice("prepare.val_fraction", 0.0, "too few images to hold some out"))
-        params = _merged(tree, choices)
+        params = _merged(tree, [*choices, *given])
         source = look(params.prepare, folder)
     if wishes.images is not None:
         choices += _splits(source)
     sizes = _sizes(source)
     choices += _networks(wishes, params, sizes, folder)
-    params = _merged(tree, choices)
-    choices += _batches(params, len(source.splits.get("train", ())))
-    choices += [_setting(text) for text in wishes.settings]
+    choices += _thresholds(params) if wishes.preset == Wishes.preset else []
+    params = _merged(tree, [*choices, *given])
+    images = len(source.splits.get("train", ()))
+    choices += _batches(params, images)
+    # The epochs of another preset are a part of what it is.
+    choices += _epochs(params, images) if wishes.preset == Wishes.preset else []
+    choices += given
     params = _merged(tree, choices)
     # The last choice of a parameter is the one that counts.
     choices = [*{choice.name: choice for choice in choices}.values()]
@@ -170,7 +180,6 @@ def _splits(source: Source) -> list[Choice]:
     there = [name for name in ("train", "val") if source.splits.get(name)]
     unlabelled = ["unlabelled"] if source.splits.get("unlabelled") else []
     held_out = "val" in there
-    tested = there[1:] + unlabelled or there
     masks = any(source.entries[id_].mask for id_ in source.splits.get("train", ()))
     sets = [{"name": "last_round", "path": "data/pseudo_labels"}]
     why = "no masks to compare with"
@@ -183,7 +192,11 @@ def _splits(source: Source) -> list[Choice]:
             "train_cam.eval_split", "val" if held_out else "none", "held out" if held_out else none
         ),
         Choice("export_cams.splits", there, "those with tags"),
-        Choice("train_segmenter.eval_splits", tested, "not trained on" if held_out else none),
+        Choice(
+            "train_segmenter.eval_splits",
+            there + unlabelled,
+            "all: where the segmenter and the tags disagree, the page shows first",
+        ),
         Choice("label_sets", sets, why),
     ]
 
@@ -195,27 +208,39 @@ def _networks(
     from isim.runtime import devices
 
     device = devices.default().type
-    encoder = wishes.encoder or params.train_cam.encoder
     if wishes.encoder:
         why = "given"
     elif device == "cpu":
         why = "no GPU: the best that was measured on a CPU"
     else:
         why = f"{device}: the best that was measured; larger ones were not"
-    weights, reason = _weights(wishes, encoder, params.train_cam.weights, folder)
-    frozen = [
-        section
-        for section in ("train_cam", "train_segmenter")
-        if getattr(params, section).method == "frozen" or wishes.encoder or wishes.weights
-    ]
     found = []
-    for section in frozen:
-        found += [Choice(f"{section}.encoder", encoder, why)]
+    for section in ("train_cam", "train_segmenter"):
+        given: Any = getattr(params, section)
+        frozen, encoder = given.method == "frozen", wishes.encoder or given.encoder
+        if not (frozen or wishes.encoder or wishes.weights or given.weights == "imagenet"):
+            continue
+        weights, reason = _weights(wishes, encoder, given.weights, folder)
+        if frozen or wishes.encoder:
+            found += [Choice(f"{section}.encoder", encoder, why)]
         found += [Choice(f"{section}.weights", weights, reason)]
-        if getattr(params, section).method == "frozen" and sizes:
+        if frozen and sizes:
             side, told = _side(sizes, device)
             found.append(Choice(f"{section}.features.sides", [side], told))
     return found
+
+
+def _thresholds(params: Params) -> list[Choice]:
+    """Choose those of a network that is trained: the preset's belong to frozen heads."""
+    if params.train_cam.method == "frozen":
+        return []
+    why = "of trained CAMs, chosen without masks"
+    sections = ("train_cam", "export_cams", "evaluate")
+    walked = preset.parameters("voc-sample-mobilenetv2").random_walk.threshold
+    return [
+        *(Choice(f"{section}.threshold", "auto", why) for section in sections),
+        Choice("random_walk.threshold", walked, "of trained CAMs, as measured on photographs"),
+    ]
 
 
 def _batches(params: Params, images: int) -> list[Choice]:
@@ -230,6 +255,29 @@ def _batches(params: Params, images: int) -> list[Choice]:
         if given.method == "frozen" and fitting < batch:
             why = f"{images} images to learn from have few patches"
             found.append(Choice(f"{section}.{head}.batch", fitting, why))
+    return found
+
+
+def _epochs(params: Params, images: int) -> list[Choice]:
+    """Choose the epochs of networks that are trained, and what is counted in them."""
+    found = []
+    low, high = EPOCHS
+    for section, steps in STEPS.items():
+        given: Any = getattr(params, section)
+        if given.method == "frozen":
+            continue
+        each = max(1, images // given.batch)
+        epochs = min(max(round(steps / each), low), high)
+        why = (
+            f"{images} images, {each} steps an epoch: {steps} steps as on the VOC sample, but "
+            f"{low} to {high} epochs"
+        )
+        found.append(Choice(f"{section}.epochs", epochs, why))
+        # In the same shares of the training as before: the rounds stay as many.
+        for name in ("warmup_epochs", "round_every", "score_every"):
+            if section == "train_cam" and (value := getattr(given, name)):
+                fitting = max(1, round(value * epochs / given.epochs))
+                found.append(Choice(f"{section}.{name}", fitting, f"of {epochs} epochs"))
     return found
 
 

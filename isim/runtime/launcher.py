@@ -16,12 +16,17 @@ from isim.errors import UserError
 from isim.runtime.processes import LOST
 
 
+def started() -> bool:
+    """Tell whether torchrun has started this process, as one of several."""
+    return "LOCAL_RANK" in os.environ
+
+
 def options() -> list[str]:
     """Return the options of torchrun that the environment asks for; none: it is not to be started.
 
     Raises UserError when `$ISIM_PROCESSES` is no number of at least 1.
     """
-    if "LOCAL_RANK" in os.environ:  # torchrun has started this process.
+    if started():
         return []
     count, others = os.environ.get("ISIM_PROCESSES"), os.environ.get("ISIM_TORCHRUN")
     if count is not None and not (count.isdigit() and int(count) > 0):

@@ -1,8 +1,14 @@
 """isim export: what each format writes, what is refused."""
 
-import pytest
+import json
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from isim.data import files
 from isim.errors import UserError
+from isim.experiments import preset
 from isim.passes import export
 from isim.passes.export import Options
 
@@ -22,6 +28,27 @@ def test_a_label_set_in_each_format(form, finished_project, tmp_path):
     told = export.run(form, tmp_path / name, LAST, finished_project)
     assert told.startswith(str(tmp_path / name)) and "of 16 images" in told
     assert all((tmp_path / name / part).exists() for part in expected)
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc"])
+def test_images_that_are_written_anew_are_told(form, tmp_path):
+    (tmp_path / "params.yaml").write_text(
+        preset.text("tiny").replace("sixteen_bit: refuse", "sixteen_bit: [0, 65535]")
+    )
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "photos/deep.tif")
+    Image.new("RGB", (6, 4)).save(tmp_path / "photos/plain.jpg")
+    for name in ("deep", "plain"):
+        files.write_label_map(tmp_path / f"masks/{name}.png", np.ones((4, 6), np.uint8))
+    (tmp_path / "masks/classes.json").write_text(json.dumps(files.class_list(["background", "x"])))
+    options = Options(source="masks", images=tmp_path / "photos")
+    told = export.run(form, tmp_path / "out", options, tmp_path)
+    assert told.endswith(
+        "of 2 images; 1 image is written anew, upright and 8-bit (1 more than 8 bits)"
+    )
+    found = {path.name: path for path in (tmp_path / "out").rglob("*") if path.suffix != ".xml"}
+    assert found["plain.jpg"].is_symlink() and not found["deep.png"].is_symlink()
+    assert "deep.tif" not in found
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,11 @@ def test_a_file_that_cannot_be_read_is_told_and_left_out(photos, models, tmp_pat
     assert (out / "trip/b.png").exists() and not list(out.rglob(".tmp-*"))
 
 
-def test_tags_leave_no_other_class(photos, models, tmp_path, capsys):
+@pytest.mark.parametrize("nothing", ["", "None"])
+def test_tags_leave_no_other_class(nothing, photos, models, tmp_path, capsys):
     tags, out = tmp_path / "tags.csv", tmp_path / "out"
-    tags.write_text("image,tags\na.png,cat\nb,\n")
+    # `none` alone is an empty cell, here as in the data.
+    tags.write_text(f"image,tags\na.png,cat\nb,{nothing}\n")
     for options in (
         {"model": models["frozen_segmenter"]},
         {"model": models["frozen"], "by_cam": 1},

@@ -74,7 +74,7 @@ def test_images_of_unknown_tags_are_predicted_alone(photos, tmp_path, monkeypatc
 
     monkeypatch.setattr(choices, "look", with_unlabelled)
     params = make(tmp_path, photos[False]).params
-    assert params.train_segmenter.eval_splits == ("val", "unlabelled")
+    assert params.train_segmenter.eval_splits == ("train", "val", "unlabelled")
     assert params.export_cams.splits == ("train", "val")
 
 
@@ -106,6 +106,52 @@ def test_a_batch_holds_a_part_of_the_patches(images, side, expected):
     assert {choice.value for choice in found} == ({expected} if expected < 4096 else set())
 
 
+@pytest.mark.parametrize(
+    ("images", "cam", "segmenter"),
+    [(2, 100, 100), (14, 100, 100), (160, 70, 42), (562, 20, 12), (10_582, 10, 10)],
+)
+def test_epochs_of_networks_that_are_trained_make_so_many_steps(images, cam, segmenter):
+    own = preset.parameters("own-images")
+    assert choices._epochs(own, images) == []
+    update = {
+        "train_cam": own.train_cam.model_copy(update={"method": "deeplabcam"}),
+        "train_segmenter": own.train_segmenter.model_copy(update={"method": "deeplabv3"}),
+    }
+    params = own.model_copy(update=update)
+    found = {choice.name: choice for choice in choices._epochs(params, images)}
+    assert found["train_cam.epochs"].value == cam
+    assert found["train_segmenter.epochs"].value == segmenter
+    assert f"{images} images" in found["train_cam.epochs"].why and "700" in (
+        found["train_cam.epochs"].why
+    )
+    values = {name.rpartition(".")[2]: choice.value for name, choice in found.items()}
+    del values["epochs"]
+    made = params.train_cam.model_copy(update={"epochs": cam, **values})
+    # Checked as the parameters are, and as many rounds as there were.
+    assert type(made).model_validate(made.model_dump()) == made
+    assert made.certain_rounds == params.train_cam.certain_rounds
+    one = choices._epochs(own.model_copy(update={"train_cam": update["train_cam"]}), images)
+    assert {choice.name.partition(".")[0] for choice in one} == {"train_cam"}
+
+
+def test_epochs_of_a_trained_method_stand_with_their_reason(photos, tmp_path):
+    wanted = ["train_cam.method=deeplabcam", "train_segmenter.method=deeplabv3"]
+    made = make(tmp_path, photos[False], settings=[*wanted, "train_segmenter.epochs=7"])
+    params, lines = made.params, "\n".join(made.lines())
+    assert (params.train_cam.epochs, params.train_segmenter.epochs) == (100, 7)
+    assert "train_cam.epochs" in lines and "1 steps an epoch: 700 steps" in lines
+    assert not any("features" in choice.name for choice in made.choices), "of method frozen"
+    # Of another preset they are a part.
+    tiny = make(tmp_path, photos[False], preset="tiny").params
+    assert tiny.train_cam.epochs == preset.parameters("tiny").train_cam.epochs
+
+
+def test_what_is_chosen_depends_on_what_was_set(photos, tmp_path):
+    params = make(tmp_path, photos[False], settings=["prepare.val_fraction=0"]).params
+    assert params.train_cam.eval_split == "none"
+    assert params.export_cams.splits == params.train_segmenter.eval_splits == ("train",)
+
+
 def test_weights_are_a_file_that_is_there_else_timm_s(photos, tmp_path):
     path = tmp_path / "shared/weights/tf_efficientnet_lite2.in1k.safetensors"
     made = make(tmp_path, photos[False])
@@ -131,6 +177,15 @@ def test_settings_come_last_and_the_preset_first(photos, tmp_path):
     assert tiny.train_cam.method == "deeplabcam" and tiny.prepare.source == "folder"
     # Without images the data are the preset's.
     assert make(tmp_path, None, preset="tiny").params.prepare.source == "shapes"
+
+
+def test_thresholds_of_trained_cams_are_not_those_of_heads(photos, tmp_path):
+    frozen = make(tmp_path, photos[False]).params
+    assert (frozen.train_cam.threshold, frozen.random_walk.threshold) == (0.5, 0.5)
+    params = make(tmp_path, photos[False], settings=["train_cam.method=deeplabcam"]).params
+    sections = (params.train_cam, params.export_cams, params.evaluate)
+    assert [section.threshold for section in sections] == ["auto"] * 3
+    assert params.random_walk.threshold == 0.3
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def read(folder: Path, paths: list[Path]) -> Tags:
             tagged.distinct(labels),
             relative.as_posix(),
             otherwise=image,
+            objects=True,
         )
         rows.append(row)
     return Tags(tuple(rows), tuple(problems))

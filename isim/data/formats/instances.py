@@ -39,7 +39,8 @@ class Instances:
         rows = []
         for number, (name, _, _) in self.images.items():
             found = {self.names[one["category_id"]] for one in self.objects.get(number, ())}
-            rows.append(Tagged(name, tagged.distinct(found), f"{self.path.name}, {name}"))
+            where = f"{self.path.name}, {name}"
+            rows.append(Tagged(name, tagged.distinct(found), where, objects=True))
         return Tags(tuple(rows))
 
     def outlined(self, number: int) -> bool:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from isim.data import files, label_sets, prepared
 from isim.data.formats import listing
 from isim.errors import UserError
 from isim.params import label_set_path
-from isim.runtime import progress
+from isim.runtime import atomic, progress
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +81,36 @@ class LabelledSet:
         return flat
 
 
-def put_image(entry: Labelled, path: Path, *, copy: bool) -> None:
-    """Put an image at `path`: a link to it, or a copy.
+def put_image(entry: Labelled, folder: Path, name: str, *, copy: bool) -> Path:
+    """Put an image at `<folder>/<name><suffix>`, a link to it, or a copy; returns the path.
 
-    One that its EXIF data tell to turn is written upright, since many readers do not turn it.
-    Raises UserError for an unreadable image.
+    One that many readers do not read as its label map lies (`files.unusual`: turned by EXIF, more
+    than 8 bits, HEIC, GIF, ...) is written anew: upright, 8-bit, as JPEG where its own format loses
+    detail, too, else as PNG. Raises UserError for an unreadable image, or a failed write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if files.orientation(entry.image) > 1:
-        Image.fromarray(entry.read()).save(path, quality=95)
-    elif copy:
+    atomic.make_directory((folder / name).parent)
+    if files.unusual(entry.image):
+        suffix = ".jpg" if files.is_lossy(entry.image) else ".png"
+        path = folder / f"{name}{suffix}"
+        with atomic.atomic_path(path) as temporary:
+            form = "JPEG" if suffix == ".jpg" else "PNG"
+            Image.fromarray(entry.read()).save(temporary, format=form, quality=95)
+        return path
+    path = folder / f"{name}{entry.image.suffix}"
+    if copy:
         shutil.copyfile(entry.image, path)
     else:
         path.symlink_to(entry.image.resolve())
+    return path
+
+
+def written_anew(data: LabelledSet) -> str:
+    """Tell how many images `put_image` writes anew, and why, in words; empty for none."""
+    reasons = Counter(filter(None, (files.unusual(entry.image) for entry in data.entries)))
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    count = sum(reasons.values())
+    plural = "s are" if count > 1 else " is"
+    return f"{count} image{plural} written anew, upright and 8-bit ({why})" if count else ""
 
 
 def collect(

@@ -82,8 +82,8 @@ def _folder(path: Path, images: Path, listing: Listing) -> Read:
     )
 
 
-def _file_of(root: Path, images: Path, _: Listing) -> Read | None:
-    """A label file in `root`, or beside it under its name."""
+def candidates(root: Path, images: Path) -> list[Path]:
+    """List the files that `auto` takes for labels: in `root`, else beside it under its name."""
     places = [root, *([images] if images != root else []), *_existing(root, _XML_FOLDERS)]
     found = [
         path
@@ -96,6 +96,12 @@ def _file_of(root: Path, images: Path, _: Listing) -> Read | None:
     if not found:
         beside = (root.parent / f"{root.name}{suffix}" for suffix in sorted(_TABLES | _JSON))
         found = [path for path in beside if path.is_file()]
+    return found
+
+
+def _file_of(root: Path, images: Path, _: Listing) -> Read | None:
+    """A label file in `root`, or beside it under its name."""
+    found = candidates(root, images)
     if len(found) > 1:
         names = ", ".join(path.relative_to(root.parent).as_posix() for path in found[:4])
         raise UserError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from isim.data import files
 from isim.data.formats import tagged
 from isim.data.formats.tagged import BACKGROUND_NAME
+from isim.data.problems import Problem
 from isim.errors import UserError
 from isim.metrics import BACKGROUND, IGNORE
 
@@ -21,6 +22,7 @@ TABLES = ("colors.txt", "colours.txt", "labelmap.txt")
 # Names in a table, and in `prepare.mask_values`, of what is no class.
 OTHERS = {BACKGROUND_NAME: BACKGROUND, "ignore": IGNORE, "void": IGNORE}
 Color = tuple[int, int, int]
+_COLORS = "table of colours"
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,57 @@ class Scheme:
             255 is ignored unless they are named. Empty: values are class ids.
         colors: Class id of each colour of a table; empty: VOC's palette, where class id i has the
             i-th colour.
+        complete: False where a fault of the parameter or the table was told: what values mean is
+            not known then, and masks are read for their size alone.
     """
 
     classes: int
     values: Mapping[int, int] = field(default_factory=dict)
     colors: Mapping[Color, int] = field(default_factory=dict)
+    complete: bool = True
 
 
 def scheme(
-    classes: tuple[str, ...], mask_values: Mapping[int, str], root: Path, path: Path | None = None
+    classes: tuple[str, ...], mask_values: Mapping[int, str], root: Path, problems: list[Problem]
 ) -> Scheme:
     """Find what values in masks mean: by the parameter, and a table of colours in `root`.
 
-    Raises UserError for a name that is no class, or a line of the table that is none.
+    Names that are no class, lines of the table that are none, and a table that is unreadable are
+    added to `problems`.
     """
     ids = OTHERS | {name: place for place, name in enumerate(classes, start=1)}
+    known = ", ".join(classes)[:100]
+    faults: list[Problem] = []
 
-    def id_of(name: str, where: str) -> int:
+    def id_of(name: str, kind: str, where: str, file: str) -> int:
         if name not in ids:
-            known = ", ".join(classes)[:100]
-            raise UserError(f"{where}: '{name}' is no class; known: {known}, background, ignore")
-        return ids[name]
+            what = f"{where}: '{name[:60]}' is no class; known: {known}, background, ignore"
+            faults.append(Problem(kind, what, file))
+        return ids.get(name, IGNORE)
 
-    values = {value: id_of(name, "prepare.mask_values") for value, name in mask_values.items()}
-    found = path or next((root / name for name in TABLES if (root / name).is_file()), None)
-    colors = {} if found is None else _table(found)
-    named = {color: id_of(name, str(found)) for color, name in colors.items()}
-    return Scheme(len(classes), values, named)
+    values = {
+        value: id_of(name, "mask_values of no class", "prepare.mask_values", "")
+        for value, name in mask_values.items()
+    }
+    found = next((root / name for name in TABLES if (root / name).is_file()), None)
+    colors = {} if found is None else _table(found, faults)
+    named = {
+        color: id_of(name, _COLORS, f"{found} line {number}", str(found))
+        for color, (name, number) in colors.items()
+    }
+    problems += faults
+    return Scheme(len(classes), values, named, complete=not faults)
 
 
-def _table(path: Path) -> dict[Color, str]:
-    """Read lines such as `cat 128 0 0`, `cat:128,0,0::` or `cat #800000`."""
-    found: dict[Color, str] = {}
-    for number, line in enumerate(tagged.lines_of(path), start=1):
+def _table(path: Path, faults: list[Problem]) -> dict[Color, tuple[str, int]]:
+    """Read lines such as `cat 128 0 0`, `cat:128,0,0::` or `cat #800000`: names and lines."""
+    found: dict[Color, tuple[str, int]] = {}
+    try:
+        lines = tagged.lines_of(path)
+    except UserError as error:
+        faults.append(Problem(_COLORS, str(error), str(path)))
+        return found
+    for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or re.match(r"#(?![0-9a-fA-F]{6}\b)", text):
             continue
@@ -80,12 +100,14 @@ def _table(path: Path) -> dict[Color, str]:
         else:
             color = ()
         if len(color) != 3 or max(color) > 255:
-            raise UserError(
+            what = (
                 f"{path} line {number}: expected a class and its colour, such as `cat 128 0 0` or "
                 f"`cat #800000`; found: {text[:60]}"
             )
+            faults.append(Problem(_COLORS, what, str(path)))
+            continue
         name = (plain or coded)[1].strip()  # type: ignore[index]
-        found[color[0], color[1], color[2]] = name
+        found[color[0], color[1], color[2]] = (name, number)
     return found
 
 
@@ -99,6 +121,9 @@ def read(path: Path, given: Scheme) -> tuple[NDArray[np.uint8], bool]:
         UserError: It is unreadable, or has a colour that is no class's.
     """
     raw = files.read_raw_mask(path)
+    if not given.complete:
+        plane = raw.values if raw.colors is None else raw.colors[..., 0]
+        return np.full(np.shape(plane), IGNORE, np.uint8), False  # type: ignore[arg-type]
     simple = raw.simple and not given.values
     values: NDArray[np.uint8] | None = raw.values
     if raw.colors is not None and (given.colors or values is None):

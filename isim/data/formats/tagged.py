@@ -43,6 +43,7 @@ class Tagged:
         where: File, and line or entry, for messages.
         split: train, val or test; empty where the file does not tell.
         otherwise: Another name of the image, to try if there is none of the first.
+        objects: The labels are names of annotated objects: each is a class, also `none`.
     """
 
     image: str
@@ -50,6 +51,7 @@ class Tagged:
     where: str
     split: str = ""
     otherwise: str = ""
+    objects: bool = False
 
 
 @dataclass(frozen=True)

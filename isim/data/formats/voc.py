@@ -16,17 +16,16 @@ def write_voc(data: LabelledSet, folder: Path, *, copy: bool = False) -> int:
     """Write JPEGImages, SegmentationClass, Annotations and ImageSets/Segmentation below a folder.
 
     Returns the number of images. `/` in an id becomes `__`, as VOC has no subfolders. An XML has a
-    box for each connected part. Images are links, or copies. Raises UserError for unreadable
-    files, two images of one name, or a failed write.
+    box for each connected part. Images are put there by `put_image`. Raises UserError for
+    unreadable files, two images of one name, or a failed write.
     """
     flat = data.flat_ids()
     with atomic.atomic_directory(folder) as building:
         for entry in data.told("voc"):
             name, label = flat[entry.id], entry.label()
             files.write_label_map(building / f"SegmentationClass/{name}.png", label)
-            image = f"{name}{entry.image.suffix}"
-            put_image(entry, building / "JPEGImages" / image, copy=copy)
-            text = _annotation(image, label, data.names)
+            image = put_image(entry, building / "JPEGImages", name, copy=copy)
+            text = _annotation(image.name, label, data.names)
             atomic.write_text(building / f"Annotations/{name}.xml", text)
         for split, entries in data.splits().items():
             listing = "".join(f"{flat[entry.id]}\n" for entry in entries)

@@ -17,8 +17,8 @@ def write_yolo(
 
     A line is a class, 0..K-1, and a polygon through the centres of border pixels, as shares of
     width and height; holes are cut in by bridges. `/` in an id becomes `__`, as few readers look
-    into subfolders. Images are links, or copies. Raises UserError for unreadable files, two images
-    of one name, or a failed write.
+    into subfolders. Images are put there by `put_image`. Raises UserError for unreadable files, two
+    images of one name, or a failed write.
     """
     count = 0
     splits, flat = data.splits(), data.flat_ids()
@@ -36,8 +36,7 @@ def write_yolo(
                 count += len(lines)
                 text = "".join(f"{line}\n" for line in lines)
                 atomic.write_text(building / f"labels/{split}/{flat[entry.id]}.txt", text)
-                target = building / f"images/{split}/{flat[entry.id]}{entry.image.suffix}"
-                put_image(entry, target, copy=copy)
+                put_image(entry, building / "images" / split, flat[entry.id], copy=copy)
         # Whoever trains wants both; where there is no val it is told in the documentation.
         val = "val" if "val" in splits else next(iter(splits))
         about = {

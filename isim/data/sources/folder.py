@@ -40,7 +40,7 @@ class _Found:
     """
 
     strict: bool
-    listed: tuple[str, ...] | None
+    listed: tuple[str, ...] | None = None
     none: int = 0
     labels: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,8 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
         raise UserError(
             f"{images} holds no image that can be read; {told[0] if told else 'put some there'}"
         )
-    found = _Found(params.unreadable == "error", _listed(root / _CLASSES))
+    found = _Found(params.unreadable == "error")
+    found.listed = _listed(root / _CLASSES, found.problems)
     names = Names(listing)
     found.problems += [*listing.problems, *listings.passed_over(listing)]
     found.problems += _elsewhere(root, images, masks)
@@ -103,7 +104,7 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
         )
         for id_, path in listing.images.items()
     }
-    scheme = mask_files.scheme(classes, params.mask_values, root)
+    scheme = mask_files.scheme(classes, params.mask_values, root, found.problems)
     if masks:
         entries = _with_masks(entries, masks, listing, given, found=found)
     if given.instances:
@@ -119,6 +120,14 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     problems = (*found.problems, *found.missing.values())
     notes = tuple(found.notes)
     return Source(classes, kept, there, problems, notes, scheme=scheme, labels=given.path)
+
+
+def labels_beside(root: Path) -> Path | None:
+    """Find the label file that `labels: auto` takes from beside the root, where there is one."""
+    if not root.is_dir():
+        return None
+    found = label_files.candidates(root, _first(root, _IMAGES) or root)
+    return next((path for path in found if not path.is_relative_to(root)), None)
 
 
 def _first(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -189,8 +198,8 @@ def _add_row(row: Tagged, names: Names, found: _Found) -> None:
 
 def _meant(row: Tagged, found: _Found) -> tuple[str, ...] | None:
     """Return a row's labels without what names no class: `none`, and what may mean `unknown`."""
-    if row.labels is None:
-        return None
+    if row.labels is None or row.objects:
+        return row.labels
     odd = [name for name in row.labels if name not in (found.listed or ())]
     none = [name for name in odd if name.lower() == NONE_NAME]
     nothing = [name for name in odd if name.lower() in NO_NAMES]
@@ -244,26 +253,35 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
         for name in classes
         if "," in name
     ]
-    if not 0 < len(classes) <= MAX_CLASSES and not found.problems:
-        raise UserError(f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible")
-    if len(classes) > MAX_CLASSES or not classes:
-        what = f"there are {len(classes)} classes; 1 to {MAX_CLASSES} are possible"
+    if not 0 < len(classes) <= MAX_CLASSES:
+        what = f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible"
         found.problems.append(Problem("number of classes", what))
     return classes
 
 
-def _listed(path: Path) -> tuple[str, ...] | None:
+def _listed(path: Path, problems: list[Problem]) -> tuple[str, ...] | None:
+    """Read the classes of `classes.txt`, None without one; faults are added to `problems`.
+
+    Labels are then held against what a faulty file seems to mean.
+    """
     if not path.exists():
         return None
-    names = [line.strip() for line in tagged.lines_of(path) if line.strip()]
+    try:
+        names = [line.strip() for line in tagged.lines_of(path) if line.strip()]
+    except UserError as error:
+        problems.append(Problem("list of classes", str(error), str(path)))
+        return None
     wrong = sorted({name for name in names if ";" in name or names.count(name) > 1})
     wrong += [name for name in names if name.lower() == BACKGROUND_NAME]
-    if wrong:
-        raise UserError(
-            f"{path} must name each class once, without `;` and without background (class 0); "
-            f"mend {', '.join(wrong)[:100]}"
-        )
-    return tuple(names)
+    if not wrong:
+        return tuple(names)
+    what = (
+        f"{path} must name each class once, without `;` and without background (class 0); "
+        f"mend {', '.join(wrong)[:100]}"
+    )
+    problems.append(Problem("list of classes", what, str(path)))
+    meant = [part.strip() for name in names for part in name.split(";")]
+    return tuple(dict.fromkeys(part for part in meant if part.lower() not in ("", BACKGROUND_NAME)))
 
 
 def _with_masks(

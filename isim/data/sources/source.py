@@ -210,6 +210,8 @@ def _check(source: Source, treatment: Treatment, task: tuple[str, Entry]) -> Che
         if mask.shape == (width, height) and files.orientation(entry.image) > 1:
             what += "; the image is turned by its EXIF orientation, turn the mask, too"
         result.problems.append(Problem("mask of another size", what, str(entry.mask)))
+    if source.scheme is not None and not source.scheme.complete:
+        return result
     counts = np.bincount(mask.ravel(), minlength=256)
     limit = len(source.classes)
     wrong = [str(value) for value in np.flatnonzero(counts[:IGNORE]) if value > limit]

@@ -8,6 +8,7 @@ from pathlib import Path
 from isim.data.formats import tagged
 from isim.data.formats.listing import Names
 from isim.data.problems import Problem
+from isim.errors import UserError
 from isim.runtime.identity import sha256
 
 TRAIN, VAL, TEST, UNLABELLED = "train", "val", "test", "unlabelled"
@@ -60,19 +61,25 @@ def _place(id_: str, seed: int) -> float:
 def lists(root: Path, names: Names, problems: list[Problem]) -> dict[str, dict[str, str]]:
     """Read the lists train.txt, val.txt and test.txt: by split, where each id is listed.
 
-    A line is the name of an image. What cannot be used is added to `problems`. Raises UserError
-    for a list that is unreadable.
+    A line is the name of an image. What cannot be used, also a list that is unreadable, is added to
+    `problems`.
     """
     for folder in _FOLDERS:
         paths = [root / folder / f"{split}.txt" for split in (TRAIN, VAL, TEST)]
         if found := [path for path in paths if path.is_file()]:
-            return {path.stem: _listed(path, names, problems) for path in found}
+            read = {path.stem: _listed(path, names, problems) for path in found}
+            return {split: ids for split, ids in read.items() if ids is not None}
     return {}
 
 
-def _listed(path: Path, names: Names, problems: list[Problem]) -> dict[str, str]:
+def _listed(path: Path, names: Names, problems: list[Problem]) -> dict[str, str] | None:
     found: dict[str, str] = {}
-    for number, line in enumerate(tagged.lines_of(path), start=1):
+    try:
+        lines = tagged.lines_of(path)
+    except UserError as error:
+        problems.append(Problem("unreadable list", str(error), str(path)))
+        return None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path.name} line {number}"

@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +56,63 @@ def test_what_is_not_there_is_told(source, words, finished_project, tmp_path):
     source = str(tmp_path / "images") if source == "images" else source
     with pytest.raises(UserError, match=words):
         labelled.collect(source, None, finished_project)
+
+
+def turned(mode="RGB"):
+    image = Image.new(mode, (8, 6))
+    exif = image.getexif()
+    exif[274] = 6
+    return image, {"exif": exif}
+
+
+def moving():
+    return PLAIN, {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "red")]}
+
+
+PLAIN = Image.new("RGB", (8, 6), (90, 40, 200))
+DEEP = Image.fromarray(np.full((6, 8), 40000, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "options", "why", "written"),
+    [
+        ("a.jpg", PLAIN, {}, "", "a.jpg"),
+        ("a.JPEG", PLAIN, {}, "", "a.JPEG"),
+        ("a.png", PLAIN.convert("P"), {}, "", "a.png"),
+        ("a.tif", PLAIN, {}, "", "a.tif"),
+        ("a.webp", PLAIN, {}, "", "a.webp"),
+        ("a.jpeg", *turned(), "turned by EXIF", "a.jpg"),
+        ("a.png", *turned(), "turned by EXIF", "a.png"),
+        ("a.tif", *turned(), "turned by EXIF", "a.png"),
+        ("a.tif", DEEP, {}, "more than 8 bits", "a.png"),
+        ("a.png", DEEP, {}, "more than 8 bits", "a.png"),
+        ("a.gif", PLAIN, {}, "GIF", "a.png"),
+        ("a.heic", PLAIN, {}, "HEIF", "a.jpg"),
+        ("a.avif", PLAIN, {}, "AVIF", "a.jpg"),
+        ("a.jfif", PLAIN, {}, "JPEG named .jfif", "a.jpg"),
+        ("a.png", PLAIN, {"format": "JPEG"}, "JPEG named .png", "a.jpg"),
+        ("a.webp", *moving(), "animation", "a.jpg"),
+    ],
+)
+@pytest.mark.parametrize("copy", [False, True])
+def test_images_that_others_do_not_read_alike_are_written_anew(
+    copy, name, given, options, why, written, tmp_path
+):
+    image = tmp_path / name
+    if name.endswith(".heic"):
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    given.save(image, **options)
+    entry = labelled.Labelled("a", image, image, "", (0, 65535))
+    path = labelled.put_image(entry, tmp_path / "out/deep", "a", copy=copy)
+    assert path == tmp_path / "out/deep" / written and files.unusual(image) == why
+    assert path.is_symlink() == (not copy and not why)
+    # As any program reads the file, in which nothing is left to turn.
+    plain = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)[..., ::-1]
+    assert plain.dtype == np.uint8 and plain.shape == entry.read().shape
+    assert np.abs(plain.astype(int) - entry.read()).max() < 12
+    assert files.unusual(path) == ""
+    told = labelled.written_anew(labelled.LabelledSet(("background",), (entry, entry)))
+    assert told == (why and f"2 images are written anew, upright and 8-bit (2 {why})")
 
 
 def test_a_label_map_of_another_size_is_told(tmp_path):

@@ -1,5 +1,7 @@
 """Values and colours of masks become class ids; those that are no class's are named."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +13,9 @@ from isim.errors import UserError
 CLASSES = ("cat", "dog")
 
 
-def scheme(root, **values):
-    return masks.scheme(CLASSES, {int(k[1:]): v for k, v in values.items()}, root)
+def scheme(root, problems=None, **values):
+    given = {int(k[1:]): v for k, v in values.items()}
+    return masks.scheme(CLASSES, given, root, [] if problems is None else problems)
 
 
 def read(root, image, **values):
@@ -74,12 +77,43 @@ def test_what_is_no_class_is_named(tmp_path, image, values, words):
 )
 def test_lines_of_a_table_that_are_none_are_told(tmp_path, line):
     (tmp_path / "colours.txt").write_text(f"# a comment\ndog 1 2 3\n{line}\n")
-    with pytest.raises(UserError, match=r"colours.txt line 3: expected .*found|'bird' is no class"):
-        scheme(tmp_path)
+    problems = []
+    found = scheme(tmp_path, problems)
+    (problem,) = problems
+    assert re.search(r"colours.txt line 3: (expected .*found|'bird' is no class)", problem.what)
+    assert problem.error and not found.complete
+    # What was told once is not told again for each mask.
+    values, simple = masks.read(_saved(tmp_path, colors((9, 9, 9), (1, 2, 3))), found)
+    assert (values == 255).all() and values.shape == (1, 2) and not simple
+
+
+def test_all_faults_of_a_table_and_of_the_values_are_told(tmp_path):
+    (tmp_path / "colors.txt").write_text("cat 1 2\ncat 1 2 3\nbird 3 2 1\n")
+    problems = []
+    scheme(tmp_path, problems, v7="cow", v255="dog", v9="hen")
+    assert [problem.kind for problem in problems] == [
+        *(2 * ["mask_values of no class"] + 2 * ["table of colours"])
+    ]
+    (tmp_path / "colors.txt").write_bytes(b"\xff\xfec")
+    (problem,) = _told(tmp_path)
+    assert "UTF-8" in problem.what and problem.file == str(tmp_path / "colors.txt")
+
+
+def _told(root):
+    problems = []
+    scheme(root, problems)
+    return problems
+
+
+def _saved(root, image):
+    image.save(root / "m.png")
+    return root / "m.png"
 
 
 def test_values_name_classes_or_what_is_none(tmp_path):
     found = scheme(tmp_path, v255="dog", v7="background", v9="ignore")
     assert dict(found.values) == {255: 2, 7: 0, 9: 255}
-    with pytest.raises(UserError, match=r"prepare.mask_values: 'Dog' is no class; known: cat, dog"):
-        scheme(tmp_path, v255="Dog")
+    assert found.complete
+    problems = []
+    assert not scheme(tmp_path, problems, v255="Dog").complete
+    assert "prepare.mask_values: 'Dog' is no class; known: cat, dog" in problems[0].what

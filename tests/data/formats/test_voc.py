@@ -17,6 +17,8 @@ from isim.errors import UserError
 def test_masks_lists_and_images_are_those_given(written, tmp_path):
     folder = tmp_path / "devkit"
     assert write_voc(written, folder) == 3
+    names = {ET.parse(path).findtext("filename") for path in (folder / "Annotations").iterdir()}
+    assert names == {path.name for path in (folder / "JPEGImages").iterdir()}
     for entry in written.entries:
         name = entry.id.replace("/", "__")
         label = files.read_label_map(folder / f"SegmentationClass/{name}.png")
@@ -60,6 +62,7 @@ def test_an_image_that_exif_turns_is_written_upright(written, tmp_path, monkeypa
     Image.fromarray(np.rot90(upright).copy()).save(path, quality=95, exif=exif)
     # As any reader that turns images gives it.
     monkeypatch.setattr(files, "read_image", lambda _: upright)
+    assert files.unusual(path) == "turned by EXIF"
     monkeypatch.setattr(files, "image_size", lambda _: upright.shape[:2])
     write_voc(LabelledSet(written.names, (replace(entry, image=path),)), tmp_path / "devkit")
     with Image.open(tmp_path / "devkit/JPEGImages/a.jpg") as image:
