@@ -283,6 +283,11 @@ class TrainCam(Training):
     _warmup_ends = _ordered("warmup_epochs", "epochs", ", or no pseudo-label is ever made")
 
     @property
+    def starts_from_labels(self) -> bool:
+        """`start` is a folder of label maps."""
+        return self.start not in ("none", "previous")
+
+    @property
     def certain_rounds(self) -> int:
         """Number of rounds that there are at least, whatever the losses; by frequency, exactly.
 
@@ -297,7 +302,7 @@ class TrainCam(Training):
     def _consistent(self) -> Self:
         stride = self.output_stride
         if self.method in ("frozen", "cam"):
-            wanted = {"decoder_labels": self.decoder_labels, "start": self.start != "none"}
+            wanted = {"decoder_labels": self.decoder_labels, "start": self.starts_from_labels}
             for name in (name for name, is_on in wanted.items() if is_on):
                 raise ValueError(
                     f"{name}: method {self.method} has no decoder; use deeplabcam or another"

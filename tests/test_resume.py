@@ -73,7 +73,7 @@ def broken(unbroken, copies):
 
     def copy(stage):
         root = copies(unbroken)
-        for name in (f"reports/{stage}", f"models/{stage}", *OUTS[stage]):
+        for name in (".isim", f"reports/{stage}", f"models/{stage}", *OUTS[stage]):
             shutil.rmtree(root / name, ignore_errors=True)
         return root
 

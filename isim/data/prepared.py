@@ -18,6 +18,9 @@ from isim.runtime.paths import home, resolve_path
 FOLDER = "data/prepared"
 FORMAT = 2
 INSIDE = "prepared:"
+# Below `FOLDER`, all that stages depend on which read images of known labels alone: further images
+# without labels leave it as it is, and DVC does not run these stages again.
+LABELLED = "labelled.json"
 # Below `home`: sizes and times of the files that were prepared; it may be deleted at any time.
 _RECORD = ".isim/prepared_files.json"
 # Likewise, the splits of images; DVC removes those in `FOLDER` before they are made anew.
@@ -172,13 +175,8 @@ def require_unchanged(root: Path) -> None:
         UserError: One has another content or is missing; or as `load`.
     """
     folder, base = root / FOLDER, home(root)
-    try:
-        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        rows = [row for row in _rows(folder / "manifest.csv") if not row["path"].startswith(INSIDE)]
-        data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
-        known = {data / row["path"]: (int(row["bytes"]), row["md5"]) for row in rows}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
+    manifest = _manifest(root)
+    known = {path: file for path, file in manifest.items() if not path.is_relative_to(folder)}
     record = _record(base / _RECORD)
     wrong: list[str] = []
     seen: dict[Path, str] = {}
@@ -199,6 +197,27 @@ def require_unchanged(root: Path) -> None:
         raise UserError(f"{wrong[0]} since `isim prepare`{more}; run `isim prepare` again")
     if seen:
         remember(base, {path: md5 for path, (_, md5) in known.items()})
+
+
+def digests(root: Path) -> dict[Path, str]:
+    """md5 of each image and mask, by its path, as it was prepared; UserError as `load`."""
+    return {path: md5 for path, (_, md5) in _manifest(root).items()}
+
+
+def _manifest(root: Path) -> dict[Path, tuple[int, str]]:
+    """Read size and md5 of each prepared file."""
+    folder = root / FOLDER
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
+        return {
+            folder / row["path"].removeprefix(INSIDE)
+            if row["path"].startswith(INSIDE)
+            else data / row["path"]: (int(row["bytes"]), row["md5"])
+            for row in _rows(folder / "manifest.csv")
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -35,9 +35,13 @@ class Config:
     stage: ClassVar[str]
 
 
-def save(path: Path, network: nn.Module, config: Config) -> None:
-    """Write a checkpoint that `load` reads, in the first process of a run."""
-    checkpoint.save_tensors(path, network.state_dict(), {config.key: json.dumps(asdict(config))})
+def save(path: Path, network: nn.Module, config: Config, **about: str) -> None:
+    """Write a checkpoint that `load` reads, in the first process of a run.
+
+    `about` are further entries of its header.
+    """
+    header = {config.key: json.dumps(asdict(config)), **about}
+    checkpoint.save_tensors(path, network.state_dict(), header)
 
 
 def load(

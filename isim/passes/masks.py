@@ -12,11 +12,11 @@ from isim.data import files
 from isim.data.prepared import Item
 from isim.labels.clean.clean import clean, count_parts
 from isim.params import Masks
-from isim.passes import counts, each
+from isim.passes import counts
 from isim.passes.journal import Line
+from isim.passes.kept import Kept
 from isim.passes.photographs import Answer, BySegmenter, ByTags
 from isim.passes.stream import Array, Tensors
-from isim.runtime.here import Here
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Writer:
 
 
 def copied(
-    here: Here, items: Sequence[Item], stored: Mapping[str, Path], write: Writer
+    kept: Kept, items: Sequence[Item], stored: Mapping[str, Path], write: Writer
 ) -> list[Line]:
     """Clean the label maps of a label set, `stored` by id. Errors are those of `read_label_of`."""
 
@@ -50,10 +50,10 @@ def copied(
         given = stored[item.id], files.image_size(item.image), write.num_labels
         return write(item, files.read_label_of(*given, ignored=True))
 
-    return each.image(here, items, finish, name="copied", outs={write.folder: ".png"}).lines
+    return kept.image(items, finish, name="copied", outs={write.folder: ".png"}).lines
 
 
-def by_tags(here: Here, items: Sequence[Item], network: ByTags, write: Writer) -> list[Line]:
+def by_tags(kept: Kept, items: Sequence[Item], network: ByTags, write: Writer) -> list[Line]:
     """Label images by CAMs of their tags and the dCRF. Raises UserError for unreadable images."""
 
     def answer(item: Item, image: Array) -> Answer:
@@ -63,11 +63,11 @@ def by_tags(here: Here, items: Sequence[Item], network: ByTags, write: Writer) -
         found = Answer(planes, labels, image, size, are_probable=False)
         return found.refined(write.params.crf).label()
 
-    return _answered(here, items, answer, label, write=write, name="by_tags")
+    return _answered(kept, items, answer, label, write=write, name="by_tags")
 
 
 def by_segmenter(
-    here: Here, items: Sequence[Item], network: BySegmenter, write: Writer
+    kept: Kept, items: Sequence[Item], network: BySegmenter, write: Writer
 ) -> list[Line]:
     """Label images whose tags are unknown by a segmenter and, if wanted, its dCRF.
 
@@ -82,11 +82,11 @@ def by_segmenter(
         wanted = write.params.crf_after
         return (found.refined(write.params.segmenter_crf) if wanted else found).label()
 
-    return _answered(here, items, answer, label, write=write, name="by_segmenter")
+    return _answered(kept, items, answer, label, write=write, name="by_segmenter")
 
 
 def _answered(
-    here: Here,
+    kept: Kept,
     items: Sequence[Item],
     answer: Callable[[Item, Array], Answer],
     label: Callable[..., Array],
@@ -105,4 +105,4 @@ def _answered(
         return write(item, label(planes, labels, image, files.image_size(item.image)))
 
     outs = {write.folder: ".png"}
-    return each.image(here, items, finish, name=name, outs=outs, compute=compute).lines
+    return kept.image(items, finish, name=name, outs=outs, compute=compute).lines

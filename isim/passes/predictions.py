@@ -19,8 +19,9 @@ from isim.models import folding
 from isim.models.inference import multi_scale_probabilities
 from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter
-from isim.passes import counts, each, stream
+from isim.passes import counts, stream
 from isim.passes.features import Features
+from isim.passes.kept import Kept
 from isim.passes.stream import Array, Tensors
 from isim.reporting import words
 from isim.runtime import devices
@@ -79,16 +80,16 @@ def predict(
     items: Sequence[Item],
     *,
     params: TrainSegmenter,
-    split: str,
     parts: counts.Parts,
+    kept: Kept,
 ) -> dict[str, Predicted]:
     """Predict a split to `predictions/<split>` and, after dCRF, `<split>_crf` in the resume folder.
 
-    Returns the scores of each of `parts`, over all of its items, also those of an earlier,
-    interrupted pass. Raises UserError for an unreadable image, a failed write, or probabilities
-    that are not finite.
+    Returns the scores of each of `parts`, the first of which is the split, over all of its items,
+    also those of an earlier, interrupted pass. Raises UserError for an unreadable image, a failed
+    write, or probabilities that are not finite.
     """
-    num_labels = len(config.classes) + 1
+    num_labels, split = len(config.classes) + 1, next(iter(parts))
     folders = {"plain": here.resume / "predictions" / split}
     if params.crf_after:
         folders["refined"] = here.resume / "predictions" / f"{split}_crf"
@@ -118,9 +119,7 @@ def predict(
         return counts.scored_and_written(item, labels, folders, num_labels)
 
     outs, on_group = dict.fromkeys(folders.values(), ".png"), refine if on_gpu else None
-    done = each.image(
-        here, items, finish, name=split, outs=outs, compute=predicted, on_group=on_group
-    )
+    done = kept.image(items, finish, name=split, outs=outs, compute=predicted, on_group=on_group)
     square = (num_labels, num_labels)
     plain = counts.totals(done.lines, "plain", square, parts)
     after = counts.totals(done.lines, "refined", square, parts) if params.crf_after else {}

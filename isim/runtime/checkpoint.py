@@ -92,6 +92,39 @@ def resume_folder(base: Path, digest: str) -> Path:
     return folder
 
 
+def pin(kept: Path, key: str) -> Path | None:
+    """Copy a file for the run `key`, which goes on with this copy when it was interrupted.
+
+    Whatever has taken the place of `kept` since, the run finds what it began with; None where
+    there was nothing. `unpin` ends that. The copy of the latest of the other interrupted runs
+    stays, as its folder does (`resume_folder`). Raises UserError when it cannot be written.
+    """
+    copy = _pinned(kept, key)
+    if processes.is_main():
+        others = [path for path in kept.parent.glob(_pinned(kept, "*").name) if path != copy]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
+            path.unlink()
+        if not copy.exists():
+            with atomic.atomic_path(copy) as temporary:
+                # An empty file tells that the run began without.
+                temporary.touch()
+                if kept.exists():
+                    shutil.copyfile(kept, temporary)
+    processes.barrier()
+    return copy if copy.stat().st_size else None
+
+
+def unpin(kept: Path, key: str) -> None:
+    """Remove the copy that a run began with: it has ended."""
+    processes.barrier()
+    if processes.is_main():
+        _pinned(kept, key).unlink(missing_ok=True)
+
+
+def _pinned(kept: Path, key: str) -> Path:
+    return kept.with_name(f"began-{key}{kept.suffix}")
+
+
 def remove(folder: Path) -> None:
     """Remove a finished run's folder, and the one above it when no other run is in it.
 

@@ -18,12 +18,16 @@ from isim.models import cam, segmenter
 from isim.params import Masks, label_set_path
 from isim.passes import counts, masks
 from isim.passes.journal import Line
+from isim.passes.kept import Kept
 from isim.passes.masks import Writer
 from isim.passes.photographs import BySegmenter, ByTags
-from isim.runtime import atomic, progress
+from isim.runtime import atomic, identity, progress
 from isim.stage import Stage
 
 Kinds = dict[str, list[Item]]
+# Parameters that tell where label maps and networks are found, or what is shown: no label map
+# depends on the names.
+_ASIDE = {"labels", "segmenter", "pictures"}
 
 
 def run(params: Masks, root: Path) -> None:
@@ -50,12 +54,17 @@ def run(params: Masks, root: Path) -> None:
     reads |= prepared.mask_folders(known.values())
     with stage.opened("masks", params, root, reads=reads) as here:
         write = Writer(params, len(names), here.resume / "masks")
-        lines = masks.copied(here, kinds["label_set"], stored, write)
+        keep = partial(Kept.on, here, params, _ASIDE, digests=prepared.digests(root))
+        copies = keep(labels=len(names), own=lambda item: identity.md5(stored[item.id]))
+        lines = masks.copied(copies, kinds["label_set"], stored, write)
         if kinds["cam"]:
-            lines += masks.by_tags(here, kinds["cam"], _by_tags(here, params, data), write)
+            by_tags = _by_tags(here, params, data)
+            kept = keep(network=here.hashes["models/train_cam"])
+            lines += masks.by_tags(kept, kinds["cam"], by_tags, write)
         if kinds["segmenter"]:
+            kept = keep(network=here.hashes["segmenter"])
             network = _by_segmenter(here, trained, params, data)
-            lines += masks.by_segmenter(here, kinds["segmenter"], network, write)
+            lines += masks.by_segmenter(kept, kinds["segmenter"], network, write)
         atomic.write_json(here.resume / "masks/classes.json", files.class_list(names))
         here.publish({"masks": "data/masks"})
         origins = {kind: len(items) for kind, items in kinds.items()}

@@ -15,6 +15,7 @@ from isim.data.sources import readers, review
 from isim.data.sources.source import Checked, Source, Treatment, examine
 from isim.errors import UserError
 from isim.params import Prepare
+from isim.runtime import identity
 from isim.runtime.atomic import atomic_directory, write_csv, write_json
 from isim.runtime.paths import home, resolve_path
 from isim.stage import Stage
@@ -126,6 +127,18 @@ def _write_lists(source: Source, checked: Mapping[str, Checked], data: Path, out
     files = [file for name in names for file in checked[name].files]
     manifest = [{"path": stored(path), "bytes": size, "md5": md5} for path, size, md5 in files]
     write_csv(out / "manifest.csv", manifest)
+    splits = {}
+    for split, ids in source.splits.items():
+        found = [(name, source.entries[name].labels, checked[name].files) for name in ids]
+        known_ones = [
+            [name, labels, [(stored(path), md5) for path, _, md5 in own]]
+            for name, labels, own in found
+            if labels is not None
+        ]
+        if known_ones:
+            digest = identity.digest({"images": known_ones})
+            splits[split] = {"images": len(known_ones), "digest": digest}
+    write_json(out / prepared.LABELLED, {"classes": source.classes, "splits": splits})
 
 
 def _figures(source: Source, checked: Mapping[str, Checked]) -> dict[str, float]:

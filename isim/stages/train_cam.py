@@ -22,11 +22,12 @@ from isim.passes import cams, classification, pseudo_labels, seeds
 from isim.passes.features import Features
 from isim.reporting import pictures, plots, words
 from isim.runtime import atomic, devices, progress
-from isim.runtime.paths import resolve_path
+from isim.runtime.paths import home, resolve_path
 from isim.stage import Stage
 from isim.training import batches, heads, loop, rounds
-from isim.training.frozen import FrozenRounds
+from isim.training.frozen import FrozenRounds, Planes
 from isim.training.loop import Row
+from isim.training.previous import LastNetwork, Started
 from isim.training.rounds import Rounds
 from isim.training.steps import CamStep
 
@@ -51,16 +52,20 @@ def run(params: TrainCam, root: Path) -> None:
     encoder.load(network, config, params.weights, weights)
 
     reads = {"data/prepared": root / "data/prepared", "weights": weights}
-    if params.start != "none":
+    if params.starts_from_labels:
         reads["start"] = resolve_path(params.start, root)
         label_sets.require_maps(reads["start"], items)
+    last = LastNetwork(home(root) / ".isim", params, root / prepared.FOLDER)
+    started = last.begin(network, config) if params.start == "previous" else None
+    if started is not None:
+        reads["previous"] = started.path
     with stage.opened("train_cam", params, root, reads=reads) as here:
         devices.place(network, here.device)
         shown = pictures.choose(items, params.pictures)
-        given = {"items": items, "held_out": held_out, "shown": shown}
+        given = {"items": items, "held_out": held_out}
         made: Rounds | FrozenRounds
         if isinstance(network, FrozenNetwork):
-            made, final, disputed = _frozen(here, network, config, params, **given)
+            made, final, disputed = _frozen(here, network, config, params, **given, started=started)
         else:
             made, final, disputed = _trained(here, network, config, params, **given)
         threshold = made.rows[-1]["threshold"]
@@ -68,11 +73,13 @@ def run(params: TrainCam, root: Path) -> None:
         common.save(here.resume / "models/model.safetensors", network, config)
         here.log("final_train", final)
         here.publish({"models": "models/train_cam", "pseudo_labels": "data/pseudo_labels"})
+        supervision = encoder.supervision(params.encoder, params.weights)
         about = {
             "method": params.method,
+            **_origin(here, params, started),
             "optimizer_profile": params.optimizer.profile,
             "weights_md5": here.hashes.get("weights"),
-            "supervision": encoder.supervision(params.encoder, params.weights),
+            "supervision": supervision if started is None else started.supervision,
             "precision": here.precision,
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
@@ -85,6 +92,17 @@ def run(params: TrainCam, root: Path) -> None:
         }
         here.report(partial(_report, about, made, disputed), partial(_show, shown, len(made.rows)))
         _tell(about)
+        last.keep(here.resume / "models/model.safetensors", network, config, about=about)
+    last.end()
+
+
+def _origin(here: Stage, params: TrainCam, started: Started | None) -> Row:
+    """Record the network that the run started from, where one was asked for."""
+    if params.start != "previous":
+        return {}
+    found = "none" if started is None else started.identity
+    here.tracked.tag("started_from", found)
+    return {"started_from": found, "started_from_round": 0 if started is None else started.rounds}
 
 
 def _trained(
@@ -95,10 +113,9 @@ def _trained(
     *,
     items: Sequence[Item],
     held_out: Sequence[Item],
-    shown: Sequence[Item],
 ) -> tuple[Rounds, Row, list[Row]]:
     """Run the paper's loop; returns it, the figures of whole images and the disputed tags."""
-    given = (here, network)
+    given, shown = (here, network), pictures.choose(items, params.pictures)
 
     def at(config: CamConfig) -> TrainCam:
         threshold = params.threshold
@@ -122,7 +139,8 @@ def _trained(
     )
     # One set for every round that there can be: loader processes know them from the start.
     folders = [_labels(here, number) for number in range(1, params.epochs + 1)]
-    folders.append(resolve_path(params.start, here.root))
+    if params.starts_from_labels:
+        folders.append(resolve_path(params.start, here.root))
     labels = [partial(_file, folder) for folder in folders]
     crops = batches.of_crops(items, config, params, here.device, labels=labels)
     step = CamStep(here, network, params, crops.size)
@@ -131,7 +149,7 @@ def _trained(
     def also() -> Row:
         return {f"val_{name}": value for name, value in classify(held_out).items()}
 
-    if params.start != "none":
+    if params.starts_from_labels:
         crops.dataset.use_labels(len(labels) - 1)
     for epochs in loop.epochs(here, network, crops, step, also=also):
         here.log_epoch(epochs)
@@ -152,9 +170,10 @@ def _frozen(
     *,
     items: Sequence[Item],
     held_out: Sequence[Item],
-    shown: Sequence[Item],
+    started: Started | None,
 ) -> tuple[FrozenRounds, Row, list[Row]]:
     """Run the loop on cached features; returns it, the images' figures and the disputed tags."""
+    shown = pictures.choose(items, params.pictures)
     cached = Features(here, network, config)
     cached.prepare([*items, *held_out])
     given = (here, cached)
@@ -193,6 +212,7 @@ def _frozen(
         regenerate=regenerate,
         measure=measure,
         validate=validate,
+        earlier=None if started is None else _earlier(here, started, items),
     )
     made.run()
     for number in range(1, len(made.epochs) + 1):
@@ -201,6 +221,17 @@ def _frozen(
         _log(here, row, shown)
     logits = partial(classification.frozen_logits, cached)
     return made, *_judged(here, logits, config, items, held_out=held_out)
+
+
+def _earlier(here: Stage, started: Started, items: Sequence[Item]) -> Callable[..., Planes] | None:
+    """Return what gives images with the CAMs of the previous network, if it has a head."""
+    if not isinstance(started.network, FrozenNetwork) or started.network.head is None:
+        progress.tell("train_cam: the previous network has no head; its classifier is not used")
+        return None
+    devices.place(started.network, here.device)
+    # The encoder is the same, and so are the features.
+    cached = Features(here, started.network.eval(), started.config)
+    return lambda config: cams.grids(here, cached, config, items)
 
 
 def _judged(

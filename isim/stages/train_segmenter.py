@@ -16,9 +16,10 @@ from isim.models.segmenter import Segmenter, SegmenterConfig
 from isim.params import TrainSegmenter, label_set_path
 from isim.passes import counts, features, predictions, seeds
 from isim.passes.features import Features
+from isim.passes.kept import Kept
 from isim.passes.predictions import Predicted
 from isim.reporting import plots
-from isim.runtime import atomic, devices, progress
+from isim.runtime import atomic, devices, identity, processes, progress
 from isim.runtime.paths import resolve_path
 from isim.stage import Stage
 from isim.training import batches, heads, loop
@@ -27,6 +28,9 @@ from isim.training.steps import SegmenterStep
 
 # A patch has the label of more than half of it.
 HALF = 0.5
+_MODEL = "model/model.safetensors"
+# Parameters that no prediction of a trained network depends on.
+_ASIDE = {"eval_splits", "pictures"}
 
 
 def run(params: TrainSegmenter, name: str, root: Path) -> None:
@@ -70,7 +74,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             epochs = _frozen(source, here, config, params, items=items, labels=labels)
         else:
             epochs = _trained(source, here, config, params, items=items, labels=labels)
-        common.save(here.resume / "model/model.safetensors", network, config)
+        common.save(here.resume / _MODEL, network, config)
+        processes.barrier()
         known = counts.members(data.splits)
         found = _predicted(here, source, config, tested, params=params, name=name, known=known)
         here.publish(
@@ -175,9 +180,11 @@ def _predicted(
 ) -> dict[str, Predicted]:
     """Predict the tested splits; returns the scores of each and of the `known` ones inside them."""
     found: dict[str, Predicted] = {}
+    network = identity.md5(here.resume / _MODEL)
+    kept = Kept.on(here, params, _ASIDE, digests=prepared.digests(here.root), network=network)
     for split, parts in counts.parts(tested, known).items():
         new = predictions.predict(
-            here, source, config, tested[split], params=params, split=split, parts=parts
+            here, source, config, tested[split], params=params, parts=parts, kept=kept
         )
         found |= new
         for part, result in new.items():

@@ -44,6 +44,8 @@ class FrozenRounds:
         regenerate: Makes and scores label maps of all images: `name`, `threshold`, `refined`.
         measure: Scores the CAMs alone at a threshold; nan without masks.
         validate: Image figures of the held-out split, by the classifier.
+        earlier: Gives images with CAMs as `grids`, by the head of an earlier network; its sure
+            patches are the first round's labels then, not those of the classifier.
         rows, per_class, mious, epochs: As `training.rounds.Rounds` has them; an epoch is the
             training of the classifier, then of each round's head.
     """
@@ -57,6 +59,7 @@ class FrozenRounds:
     regenerate: Callable[..., Scores]
     measure: Callable[[CamConfig, float], float]
     validate: Callable[[], Row]
+    earlier: Callable[[CamConfig], Planes] | None = None
     rows: list[Row] = field(default_factory=list)
     per_class: list[Row] = field(default_factory=list)
     mious: list[Row] = field(default_factory=list)
@@ -76,11 +79,15 @@ class FrozenRounds:
         if not count:
             self._round(1, threshold, refined=True)
         labels: Callable[[], list[np.ndarray]] = partial(self._first_labels, threshold)
+        if self.earlier is not None:
+            labels = partial(self._sure_labels, self.earlier)
         for number in range(1, count + 1):
             self._done(name(number), partial(self._head, number, labels))
             refined = given.crf_every_round or number == count
             self._round(number, self.params.threshold, refined=refined)
-            labels = partial(self._map_labels, number) if refined else self._sure_labels
+            labels = partial(self._sure_labels, self.grids)
+            if refined:
+                labels = partial(self._map_labels, number)
 
     def _done(self, word: str, train: Callable[[], Row]) -> None:
         """Train, or load what was trained; all processes go on with the first one's weights."""
@@ -183,10 +190,10 @@ class FrozenRounds:
             found[item.id] = best.ravel()
         return self._ordered(found)
 
-    def _sure_labels(self) -> list[np.ndarray]:
+    def _sure_labels(self, grids: Callable[[CamConfig], Planes]) -> list[np.ndarray]:
         """Label patches whose probability, of the image's classes and the background, is sure."""
         found = {}
-        for item, planes in self.grids(self.config):
+        for item, planes in grids(self.config):
             odds = planes.clamp(1e-6, 1 - 1e-6).logit().exp()  # p_k / p_0
             odds = torch.cat([torch.ones_like(odds[:0].sum(0, keepdim=True)), odds])
             sure, best = (odds / odds.sum(0)).max(0)

@@ -140,5 +140,5 @@ class Rounds:
         return {"epoch": epoch, "cam_miou": miou}
 
     def _labelling(self) -> cam.CamConfig:
-        learnt = bool(self.rows) or self.params.start != "none"
+        learnt = bool(self.rows) or self.params.starts_from_labels
         return replace(self.config, decoder_labels=self.config.decoder_labels and learnt)

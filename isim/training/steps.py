@@ -98,7 +98,7 @@ class CamStep(Step):
 
     def begin(self, epoch: int) -> None:
         """Decide whether the decoder learns in this epoch."""
-        labelled = epoch > self._params.warmup_epochs or self._params.start != "none"
+        labelled = epoch > self._params.warmup_epochs or self._params.starts_from_labels
         self._segment = self._network.decoder is not None and labelled
         self._labels, self._logits = [], []
 

@@ -11,6 +11,7 @@ from support.networks import config_of, frozen_network_of, network_of
 from isim.data import files
 from isim.passes import stream
 from isim.passes.features import Features
+from isim.passes.kept import Kept
 from isim.passes.walks import Stored
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -53,7 +54,7 @@ def run(items, stored, models, tiny):
     network, whose features are prepared first.
     """
     ids = [item.id for item in items]
-    split = {"split": "train", "parts": {"train": frozenset(ids), "inner": frozenset(ids[:3])}}
+    split = {"parts": {"train": frozenset(ids), "inner": frozenset(ids[:3])}}
     scored = {"folder": stored, "num_labels": 4, "parts": split["parts"]}
     walked = {"cams": Stored(stored), "num_labels": 4}
     seeded = {"stored": {id_: stored / f"{id_}.npz" for id_ in ids}, "threshold": 0.3}
@@ -85,6 +86,8 @@ def run(items, stored, models, tiny):
             section = getattr(tiny, section)
             own |= {key: changes.pop(key) for key in changes.keys() & type(section).model_fields}
             options = options | {"params": section.model_copy(update=own)}
+        if name == "predictions.predict":
+            options = options | {"kept": Kept(here, "predictions", {})}
         module, function = name.split(".")
         function = getattr(import_module(f"isim.passes.{module}"), function)
         return function(here, *given, items=items, **options, **changes)

@@ -7,6 +7,7 @@ from isim.data import files
 from isim.errors import UserError
 from isim.passes import masks
 from isim.passes.journal import Journal
+from isim.passes.kept import Kept
 from isim.passes.masks import Writer
 from isim.passes.photographs import BySegmenter, ByTags
 
@@ -20,10 +21,11 @@ def passes(items, stored, models, tiny, here):
         for kind, name in ((ByTags, "cam"), (BySegmenter, "deeplabv2"))
     )
     labels = {item.id: stored / f"{item.id}.png" for item in items}
+    kept = Kept(here, "masks", {})
     return {
-        "copied": lambda write: masks.copied(here, items, labels, write),
-        "by_tags": lambda write: masks.by_tags(here, items, by_tags, write),
-        "by_segmenter": lambda write: masks.by_segmenter(here, items, by_segmenter, write),
+        "copied": lambda write: masks.copied(kept, items, labels, write),
+        "by_tags": lambda write: masks.by_tags(kept, items, by_tags, write),
+        "by_segmenter": lambda write: masks.by_segmenter(kept, items, by_segmenter, write),
     }
 
 

@@ -1,6 +1,8 @@
 """A person's own images through all stages: negatives, one class, subfolders, names of any kind."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -169,3 +171,47 @@ def test_problems_are_listed_whatever_ends_the_run(own, tmp_path):
         own()
     (row,) = read_rows(table)
     assert row["kind"] == "unusable data" and "found: nothing" in row["what"]
+
+
+def test_data_that_grow_compute_what_is_new(own, run, tiny, tmp_path, capsys):
+    """Unlabelled images change nothing that is trained, val stays val, label maps are reused."""
+    changes = of_frozen(tiny.train_cam, rounds=1)
+    segmenter = of_frozen(tiny.train_segmenter) | {"pictures": 1, "crf_after": True}
+
+    def everything(root):
+        run("train_cam", root, **changes, pictures=1)
+        run("train_segmenter", root, "last_round", **segmenter, eval_splits=("val", "unlabelled"))
+        run("masks", root, pictures=1)
+        told = re.findall(
+            r"(\w+)[^:\n]*: (\d+) of (\d+) label maps \((\w+)\)", capsys.readouterr().out
+        )
+        made = ("data/masks", "data/predictions", "data/pseudo_labels")
+        paths = [path for name in made for path in (root / name).rglob("*.png")]
+        reused = {name: (int(again), int(count)) for _, again, count, name in told}
+        return reused, {path.relative_to(root): path.read_bytes() for path in paths}
+
+    root = own(val_fraction=0.4)
+    labelled = root / "data/prepared/labelled.json"
+    known, val = labelled.read_bytes(), {item.id for item in items_of(root, "val")}
+    first = everything(root)[0]
+    assert {again for again, _ in first.values()} == {0}
+
+    image = Image.fromarray(photo((48, 64), 70))
+    image.save(tmp_path / "raw/images/new/another.jpg", quality=95)
+    own(val_fraction=0.4)
+    assert labelled.read_bytes() == known
+    reused, made = everything(root)
+    assert reused["unlabelled"] == reused["by_segmenter"] == (1, 2)
+    assert all(again == count for name, (again, count) in reused.items() if reused[name][1] != 2)
+    shutil.rmtree(root / ".isim/results")
+    assert everything(root)[1] == made
+
+    # A changed image, and one more with a tag: what is in val stays there.
+    Image.fromarray(photo((48, 64), 71)).save(tmp_path / "raw/images/a.jpg", quality=95)
+    image.save(tmp_path / "raw/images/more.jpg", quality=95)
+    with (tmp_path / "raw/labels.csv").open("a", encoding="utf-8") as stream:
+        stream.write("more.jpg,thing\n")
+    own(val_fraction=0.4)
+    assert labelled.read_bytes() != known
+    now = {item.id for item in items_of(root, "val")}
+    assert val <= now <= val | {"more"}

@@ -13,6 +13,7 @@ from isim.data.files import read_cam
 from isim.errors import UserError
 from isim.models import cam
 from isim.passes import classification, features
+from isim.runtime import identity
 from isim.runtime.here import Here
 
 ROUNDS = ("round_01", "round_02")
@@ -234,3 +235,33 @@ def test_a_threshold_is_chosen_at_every_round_and_kept_with_the_network(method, 
     scored = run("evaluate", project, threshold="auto")
     assert scored["train"]["threshold"] == pytest.approx(config.threshold, abs=1e-6)
     assert scored["train"]["cam_miou"] is not None
+
+
+def test_a_run_starts_from_the_network_of_the_last_one(run, project, copies, recorder):
+    """The first run of a project begins as without; the second one with what the first learnt."""
+    changes = {"method": "deeplabcam", "epochs": 2}
+    plain = copies(project)
+    run("train_cam", plain, **changes)
+    first = run("train_cam", project, start="previous", **changes)
+    assert first["started_from"] == "none" and labels_of(project) == labels_of(plain)
+    published = identity.md5(project / "models/train_cam/model.safetensors")
+    second = run("train_cam", project, start="previous", **changes)
+    assert (second["started_from"], second["started_from_round"]) == (published[:8], 1)
+    assert second["train_element_accuracy"] != first["train_element_accuracy"]
+    assert [path.name for path in (project / ".isim/previous").iterdir()] == [
+        "train_cam.safetensors"
+    ]
+
+
+def test_the_last_head_labels_the_first_round_of_method_frozen(
+    by_frozen, copies, run, recorder, tiny
+):
+    root, changes = copies(by_frozen), of_frozen(tiny.train_cam, rounds=1, threshold=0.999)
+    # Above the threshold there is next to nothing: the classifier labels no object.
+    share = []
+    for start in ("none", "previous"):
+        shutil.rmtree(root / ".isim/previous")
+        shutil.copytree(by_frozen / ".isim/previous", root / ".isim/previous")
+        run("train_cam", root, start=start, **changes)
+        share.append(float(tables_of(root)["rounds"][-1]["coverage"]))
+    assert share[0] != share[1]
