@@ -101,8 +101,10 @@ class FrozenRounds:
         row = self.here.once(f"trained_{word}", make)
         self.config = heads.load(self.here, self.network, path, cam.load)
         self.epochs.append({"epoch": len(self.epochs) + 1, **row})
-        losses = {k: round(v, 4) for k, v in row.items() if k.endswith("loss")}
-        progress.tell(f"{self.here.name}: {word} trained, {losses}")
+        progress.tell(
+            f"{self.here.name}: {word} trained: classification {row['classification_loss']:.4f}, "
+            f"segmentation {row['segmentation_loss']:.4f}"
+        )
 
     def _classifier(self) -> Row:
         given = self.params.frozen
