@@ -74,7 +74,7 @@ def test_images_of_unknown_tags_are_predicted_alone(photos, tmp_path, monkeypatc
 
     monkeypatch.setattr(choices, "look", with_unlabelled)
     params = make(tmp_path, photos[False]).params
-    assert params.train_segmenter.eval_splits == ("train", "val", "unlabelled")
+    assert params.train_segmenter.eval_splits == ("val", "unlabelled")
     assert params.export_cams.splits == ("train", "val")
 
 
