@@ -308,6 +308,8 @@ class TrainCam(Training):
                     f"{name}: method {self.method} has no decoder; use deeplabcam or another"
                 )
         if self.method == "frozen":
+            if self.start == "previous" and not self.frozen.rounds:
+                raise ValueError("start: previous labels the first round; set frozen.rounds to 1")
             return self
         if PurePosixPath(self.start).parts[:2] == ("data", "pseudo_labels"):
             raise ValueError(

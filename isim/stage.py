@@ -197,12 +197,8 @@ def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:
 
 def _identity(here: Stage, words: tuple[str, ...], params: BaseModel) -> str:
     """Digest what the result depends on: parameters, inputs, code, and what computes it."""
-    machine = "none"
-    if hasattr(params, "precision"):
-        from isim.runtime import devices
-
-        # Numbers of threads and processes change the last bits alone: a run may go on with others.
-        machine = f"{devices.kind(here.device)} {here.precision}"
+    # Numbers of threads and processes change the last bits alone: a run may go on with others.
+    machine = here.machine if hasattr(params, "precision") else kernels.crf_backend()
     values = {"stage": words, "params": params.model_dump(mode="json")}
     own = f"{identity.of_code(words[0])} {identity.digest(values)} {machine}"
     if len(set(processes.gather(own))) > 1:

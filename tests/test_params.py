@@ -161,6 +161,13 @@ def test_train_affinity_knows_what_the_walk_takes(affinity, tree):
     assert refusal(tree) == message
 
 
+def test_a_previous_network_labels_a_round(tree):
+    tree["train_cam"] |= {"method": "frozen", "start": "previous"}
+    assert params.validate(tree, "here").train_cam.start == "previous"
+    tree["train_cam"]["frozen"]["rounds"] = 0
+    assert "start: previous labels the first round" in refusal(tree)
+
+
 def test_a_wrong_affinity_is_reported_once(tree):
     tree["random_walk"]["affinity"] = "nets"
     message = refusal(tree)

@@ -6,6 +6,7 @@ progress is told. After kill -9 the same call computes the images that are missi
 that of any number of processes.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,8 +31,9 @@ class Passed(NamedTuple):
 
     @property
     def speed(self) -> dict[str, float]:
-        """Seconds, and images a second, under their names in reports."""
-        return {"seconds": self.seconds, "images_per_second": self.computed / self.seconds}
+        """Seconds, and images a second (nan if none was computed), by their names in reports."""
+        speed = self.computed / self.seconds if self.computed else math.nan
+        return {"seconds": self.seconds, "images_per_second": speed}
 
 
 def image(

@@ -2,10 +2,11 @@
 
 A label map is a function of an image, a network and parameters. It lies, with its figures, in
 `results/<what a pass depends on>/<what the image's own result depends on>`, one file a result. All
-of them together take `LIMIT` bytes at most: those that were used least recently are deleted. Any of
-them may be deleted at any time, and what is missing or damaged is computed again.
+of them together take `LIMIT` bytes at most after a pass: those that were used least recently are
+deleted. Any of them may be deleted at any time, and what is missing or damaged is computed again.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.passes import each
 from isim.passes.journal import Line
-from isim.runtime import atomic, devices, identity, processes, progress
+from isim.runtime import atomic, identity, processes, progress
 from isim.runtime.here import Here
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Kept:
             "code": identity.of_code(here.name.split()[0]),
             "libraries": {name: version(name) for name in _LIBRARIES},
             "params": params.model_dump(mode="json", exclude=aside),
-            "machine": [devices.kind(here.device), here.precision],
+            "machine": here.machine,
             "inputs": inputs,
         }
         return cls(here, identity.digest(told), digests, own)
@@ -100,14 +101,22 @@ class Kept:
 
         Tells how many these are; `Passed` counts the others. Raises UserError as `each.image`.
         """
+        if not items:
+            return each.Passed([], 0, 0.0)
         found = self._found(items, outs)
         known = [item for item in items if item.id in found]
 
+        unwritten: list[str] = []
+
         def restore(item: Item) -> Line:
-            result = self._read(item, len(outs))
+            try:
+                result = self._read(item, len(outs))
+            except (OSError, ValueError):
+                result = None
             if result is None:
                 raise UserError(
-                    f"{self._path(item)} was deleted meanwhile; run the same command again"
+                    f"{self._path(item)} was deleted or changed meanwhile; run the same command "
+                    "again"
                 )
             for (folder, suffix), content in zip(outs.items(), result.files, strict=True):
                 atomic.write_bytes(folder / f"{item.id}{suffix}", content)
@@ -116,7 +125,11 @@ class Kept:
         def make(item: Item, *arrays: "Array | None") -> Line:
             line = finish(item, *arrays)
             files = [(out / f"{item.id}{suffix}").read_bytes() for out, suffix in outs.items()]
-            self._write(item, _Result(line, files))
+            try:
+                self._write(item, _Result(line, files))
+            except UserError as error:
+                # The result itself is there: what is kept is a convenience.
+                unwritten.append(str(error))
             return line
 
         again = 0
@@ -130,12 +143,15 @@ class Kept:
             f"{passed.computed} computed now; {self._bounded() / 1e9:.2f} GB are kept in "
             f"{self._base} (may be deleted at any time)"
         )
+        if unwritten:
+            progress.tell(f"{self.here.name}: {len(unwritten)} are not kept: {unwritten[0]}")
         return passed
 
     def _found(self, items: Sequence[Item], outs: Outs) -> set[str]:
         """Ids of the images whose results are there and whole; damaged ones are told."""
-        found, damaged = [], 0
-        for item in progress.track(items, "results of before"):
+        found: list[str] = []
+        damaged = 0
+        for item in progress.track(items if processes.is_main() else (), "results of before"):
             try:
                 if self._read(item, len(outs)) is not None:
                     # The least recently used ones are deleted first.
@@ -208,6 +224,8 @@ class Kept:
             if total <= LIMIT:
                 break
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
             total -= size
         return total
 

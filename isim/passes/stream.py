@@ -149,7 +149,7 @@ def groups(device: torch.device) -> bool:
 
 def refines(device: torch.device) -> bool:
     """Tell whether the dCRF is computed on the network's device, in batches: on a GPU."""
-    return device.type == "cuda" and kernels.crf_backend() in ("auto", "torch")
+    return kernels.crf_used(device.type) == "torch"
 
 
 def _leaving(tensors: Tensors) -> Arrays:

@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 
 from isim.data.sources import readers
 from isim.data.sources.source import Source
-from isim.params import Params
+from isim.params import Params, TrainCam
 from isim.project import pipeline
 from isim.reporting import tracking
 from isim.runtime import devices, memory, progress
@@ -68,7 +68,7 @@ class Plan:
         images: Of the project.
         tried: Of the dry run.
         stages: Seconds of each stage, in order; one of each label set.
-        features, results, models: Bytes on disk.
+        features, again, results, models: Bytes on disk; `again` is what is kept for later runs.
         memory: Bytes of a process.
         device: What networks run on.
     """
@@ -77,6 +77,7 @@ class Plan:
     tried: int
     stages: dict[str, float]
     features: float
+    again: float
     results: float
     models: float
     memory: float
@@ -94,8 +95,9 @@ class Plan:
             f"plan, from a dry run of {self.tried} of {self.images} images here ({self.device}):",
             *rows,
             f"  {'all stages':<{width}}  {total:>13}",
-            f"  disk: {_size(self.features)} features of frozen encoders (.isim/features, may be "
-            f"deleted), {_size(self.results)} label maps and CAMs, {_size(self.models)} networks",
+            f"  disk: {_size(self.features)} features of frozen encoders and {_size(self.again)} "
+            f"kept for later runs (.isim, may be deleted), {_size(self.results)} label maps and "
+            f"CAMs, {_size(self.models)} networks",
             f"  memory: {_size(self.memory)}",
         ]
 
@@ -117,6 +119,7 @@ def make(params: Params, root: Path) -> Plan:
         stages = {name: began + estimate(one, params, ratio) for name, one in timed.items()}
         stages["prepare"] += dry.listing
         features = ratio * _bytes(folder / ".isim/features")
+        again = ratio * _bytes(folder / ".isim/results") + _bytes(folder / ".isim/previous")
         results, models = ratio * _bytes(folder / "data"), _bytes(folder / "models")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Patches that a training of heads holds, and their copy while they are put together.
@@ -124,7 +127,13 @@ def make(params: Params, root: Path) -> Plan:
     device = devices.default()
     precision = devices.resolve_precision(params.train_cam.precision, device)
     told = f"{device}, {precision}; it took {progress.duration(progress.clock() - start)}"
-    given = {"features": features, "results": results, "models": models, "memory": peak + held}
+    given = {
+        "features": features,
+        "again": again,
+        "results": results,
+        "models": models,
+        "memory": peak + held,
+    }
     return Plan(dry.images, dry.kept, stages, device=told, **given)
 
 
@@ -138,6 +147,9 @@ def smaller(params: Params) -> Params:
         return changed(head, steps=min(head.steps, STEPS))
 
     cam, segmenter = params.train_cam, params.train_segmenter
+    if not cam.starts_from_labels:
+        # There is no previous network in the folder of a dry run.
+        cam = changed(cam, start="none")
     cam = changed(cam, frozen=changed(cam.frozen, head=fewer(cam.frozen.head)))
     if cam.method != "frozen":
         every = MEASURED if cam.score_every else 0
@@ -160,12 +172,11 @@ def _absolute(params: Params, root: Path) -> Params:
         changes["prepare"] = params.prepare.model_copy(update=where)
     for word in ("train_cam", "train_affinity", "train_segmenter"):
         section = getattr(params, word)
-        named = {"weights": section.weights, "start": getattr(section, "start", "none")}
-        paths = {
-            name: str(resolve_path(text, root))
-            for name, text in named.items()
-            if text not in ("imagenet", "none", "train_cam")
-        }
+        paths = {}
+        if section.weights not in ("imagenet", "none", "train_cam"):
+            paths["weights"] = str(resolve_path(section.weights, root))
+        if isinstance(section, TrainCam) and section.starts_from_labels:
+            paths["start"] = str(resolve_path(section.start, root))
         changes[word] = section.model_copy(update=paths)
     return params.model_copy(update=changes)
 

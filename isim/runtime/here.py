@@ -47,6 +47,14 @@ class Here:
 
         return devices.resolve_precision(self.wanted, self.device)
 
+    @property
+    def machine(self) -> str:
+        """Describe what computes: kind of device, precision, and what computes dCRFs."""
+        from isim.runtime import devices, kernels
+
+        crf = kernels.crf_used(self.device.type)
+        return f"{devices.kind(self.device)} {self.precision} {crf}"
+
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the figures recorded as `<name>.json` in the resume folder, or make them now.
 

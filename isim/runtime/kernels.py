@@ -73,6 +73,20 @@ def crf_backend() -> str:
     return chosen
 
 
+def crf_used(device: str) -> str:
+    """Resolve what computes dCRFs of results on a device: torch, compiled or pydensecrf.
+
+    Raises UserError as `crf_backend`.
+    """
+    chosen = crf_backend()
+    if chosen in ("auto", "torch"):
+        if device == "cuda":
+            return "torch"
+        told = "the dCRF is computed by pydensecrf, slowly"
+        return "compiled" if available("crf", told) else "pydensecrf"
+    return chosen
+
+
 def _cache() -> Path:
     if chosen := os.environ.get("ISIM_CACHE"):
         return Path(chosen)

@@ -129,16 +129,23 @@ def _write_lists(source: Source, checked: Mapping[str, Checked], data: Path, out
     write_csv(out / "manifest.csv", manifest)
     splits = {}
     for split, ids in source.splits.items():
-        found = [(name, source.entries[name].labels, checked[name].files) for name in ids]
+        found = [(name, source.entries[name].labels, checked[name]) for name in ids]
         known_ones = [
-            [name, labels, [(stored(path), md5) for path, _, md5 in own]]
-            for name, labels, own in found
+            [name, labels, [(stored(path), md5) for path, md5 in _read_later(result)]]
+            for name, labels, result in found
             if labels is not None
         ]
         if known_ones:
             digest = identity.digest({"images": known_ones})
             splits[split] = {"images": len(known_ones), "digest": digest}
     write_json(out / prepared.LABELLED, {"classes": source.classes, "splits": splits})
+
+
+def _read_later(result: Checked) -> list[tuple[Path, str]]:
+    """Files that the stages read for an image, and their md5: those that were made, if any."""
+    known = {path: md5 for path, _, md5 in result.files}
+    paths = filter(None, (result.image, result.mask))
+    return [(path, known.get(path) or identity.md5(path)) for path in paths]
 
 
 def _figures(source: Source, checked: Mapping[str, Checked]) -> dict[str, float]:

@@ -57,6 +57,9 @@ def run(params: TrainCam, root: Path) -> None:
         label_sets.require_maps(reads["start"], items)
     last = LastNetwork(home(root) / ".isim", params, root / prepared.FOLDER)
     started = last.begin(network, config) if params.start == "previous" else None
+    if started is not None and not _has_labels(started):
+        progress.tell("train_cam: the previous network has no head; starts as with start: none")
+        started = None
     if started is not None:
         reads["previous"] = started.path
     with stage.opened("train_cam", params, root, reads=reads) as here:
@@ -94,6 +97,11 @@ def run(params: TrainCam, root: Path) -> None:
         _tell(about)
         last.keep(here.resume / "models/model.safetensors", network, config, about=about)
     last.end()
+
+
+def _has_labels(started: Started) -> bool:
+    """Tell whether a previous network gives what a run starts from: of a frozen one its head."""
+    return not isinstance(started.network, FrozenNetwork) or started.network.head is not None
 
 
 def _origin(here: Stage, params: TrainCam, started: Started | None) -> Row:
@@ -223,14 +231,13 @@ def _frozen(
     return made, *_judged(here, logits, config, items, held_out=held_out)
 
 
-def _earlier(here: Stage, started: Started, items: Sequence[Item]) -> Callable[..., Planes] | None:
-    """Return what gives images with the CAMs of the previous network, if it has a head."""
-    if not isinstance(started.network, FrozenNetwork) or started.network.head is None:
-        progress.tell("train_cam: the previous network has no head; its classifier is not used")
-        return None
-    devices.place(started.network, here.device)
+def _earlier(here: Stage, started: Started, items: Sequence[Item]) -> Callable[..., Planes]:
+    """Return what gives images with the CAMs of the previous network's head."""
+    network = started.network.eval()
+    assert isinstance(network, FrozenNetwork)
+    devices.place(network, here.device)
     # The encoder is the same, and so are the features.
-    cached = Features(here, started.network.eval(), started.config)
+    cached = Features(here, network, started.config)
     return lambda config: cams.grids(here, cached, config, items)
 
 

@@ -26,6 +26,7 @@ _FREE = {"threshold", "decoder_labels", "encoder_norm", "affinity", "tau", "beta
 _FREE |= {"steps", "head_kind", "head_width", "classes"}
 # Entry of the header that tells where a network comes from.
 _ABOUT = "about"
+_TOLD = ("identity", "rounds", "date", "code", "supervision")
 _REMEDY = "set that back, or train_cam.start: none"
 
 
@@ -39,6 +40,7 @@ class Started:
         identity: First 8 digits of the md5 of the `model.safetensors` that it was published as.
         rounds: Number of its last round.
         date: Time at which its training ended, UTC.
+        code: Digest of the code of isim that trained it.
         supervision: That of its encoder's first weights.
     """
 
@@ -48,6 +50,7 @@ class Started:
     identity: str
     rounds: int
     date: str
+    code: str
     supervision: str
 
 
@@ -86,9 +89,10 @@ class LastNetwork:
             # Nothing began that could go on.
             self.end()
             raise
+        other = "" if started.code == identity.of_code("train_cam") else ", by another isim"
         progress.tell(
             f"train_cam: starts from the previous network {started.identity} (round "
-            f"{started.rounds}, {started.date})"
+            f"{started.rounds}, {started.date}{other})"
         )
         return started
 
@@ -108,8 +112,9 @@ class LastNetwork:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-            about, known = json.loads(header[_ABOUT]), common.read_config(path, CamConfig)
-        except (OSError, KeyError, ValueError, SafetensorError, UserError) as error:
+            told, known = json.loads(header[_ABOUT]), common.read_config(path, CamConfig)
+            about = {name: told[name] for name in _TOLD}
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError, UserError) as error:
             raise UserError(
                 f"train_cam.start: the previous network in {path} is damaged; delete the folder "
                 f"{path.parent} to start from the encoder's weights"
@@ -129,6 +134,7 @@ class LastNetwork:
             "identity": identity.md5(model)[:8],
             "rounds": about["rounds"],
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "code": identity.of_code("train_cam"),
             "supervision": about["supervision"],
         }
         common.save(self._file, network, config, **{_ABOUT: json.dumps(told)})

@@ -65,7 +65,8 @@ def told(row: Mapping[str, Any]) -> str:
     """Put a round's figures in words; without masks those that need none."""
     label = words.miou("pseudo-label", row["pseudo_label_miou"], row["coverage"])
     cam = f"CAM mIoU {100 * row['cam_miou']:.2f}, " if math.isfinite(row["cam_miou"]) else ""
-    return f"{cam}{label}, {row['images_per_second']:.1f} images/s"
+    speed = row["images_per_second"]
+    return f"{cam}{label}" + (f", {speed:.1f} images/s" if math.isfinite(speed) else "")
 
 
 class Scores(Protocol):

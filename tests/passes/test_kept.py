@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from isim.errors import UserError
 from isim.passes import kept
 from isim.passes.kept import Kept
 from isim.runtime.here import Here
@@ -112,6 +113,37 @@ def test_those_used_least_recently_are_deleted(keep, items, tmp_path, monkeypatc
     assert keep(items[:3])[0] == []
 
 
+def test_what_cannot_be_kept_is_told_and_the_results_are_there(keep, monkeypatch, tmp_path):
+    told, write = [], kept.atomic.write_bytes
+
+    def full(path, content):
+        if "results" in path.parts:
+            raise UserError("no space left")
+        write(path, content)
+
+    monkeypatch.setattr(kept.atomic, "write_bytes", full)
+    monkeypatch.setattr(
+        kept.progress, "tell", lambda line, tell=kept.progress.tell: told.append(line) or tell(line)
+    )
+    assert keep()[0] == EVERY and results(tmp_path) == []
+    assert told[-1] == "isim: 7 are not kept: no space left"
+
+
+def test_a_result_that_vanishes_meanwhile_ends_the_run_with_a_line(keep, items, monkeypatch):
+    keep()
+    read, found = Kept._read, []
+
+    def once(self, item, count):
+        found.append(item.id)
+        if found.count(item.id) > 1:
+            raise ValueError("changed")
+        return read(self, item, count)
+
+    monkeypatch.setattr(Kept, "_read", once)
+    with pytest.raises(UserError, match="was deleted or changed meanwhile; run the same command"):
+        keep(items[:1])
+
+
 def test_parameters_code_and_inputs_count(here, tiny, monkeypatch):
     def depends(params=tiny.masks, here=here, **given):
         return Kept.on(here, params, {"pictures"}, digests={}, **given).depends
@@ -126,6 +158,9 @@ def test_parameters_code_and_inputs_count(here, tiny, monkeypatch):
     monkeypatch.setattr(kept, "version", lambda name: "9")
     different.append(depends(network="a"))
     monkeypatch.undo()
+    monkeypatch.setenv("ISIM_CRF", "pydensecrf")
+    different.append(depends(network="a"))
+    monkeypatch.undo()
     monkeypatch.setattr(kept.identity, "of_code", lambda stage: "other")
     different.append(depends(network="a"))
-    assert len({first, *different}) == 6
+    assert len({first, *different}) == 7

@@ -15,7 +15,7 @@ BY_FROZEN = ("predictions.predict", "pseudo_labels.regenerate", "stored_cams.exp
 KEPT += [f"{name} frozen" for name in BY_FROZEN]
 # The results of others are gone with the run anyway.
 ALL = [*KEPT, "classification.classify", "seeds.score", "seeds.score frozen"]
-TIMES = r"'(seconds|images_per_second)': [\d.e+-]+"
+TIMES = r"'(seconds|images_per_second)': ([\d.e+-]+|nan)"
 
 
 def made(result, folder):

@@ -90,6 +90,10 @@ def test_a_dry_run_has_few_steps_and_is_of_the_same_kind():
     assert small.train_cam.frozen.head.steps == small.train_segmenter.head.steps == plan.STEPS
     assert small.train_cam.frozen.rounds == OWN.train_cam.frozen.rounds
     assert plan.smaller(TINY).train_cam.certain_rounds == 1
+    cam = OWN.train_cam.model_copy(update={"start": "previous"})
+    grown = OWN.model_copy(update={"train_cam": cam})
+    assert plan._absolute(grown, Path("project")).train_cam.start == "previous", "it is no path"
+    assert plan.smaller(grown).train_cam.start == "none", "a dry run has no previous network"
     for params in (OWN, TINY):
         assert plan.smaller(params).prepare == params.prepare
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -171,6 +172,32 @@ def test_problems_are_listed_whatever_ends_the_run(own, tmp_path):
         own()
     (row,) = read_rows(table)
     assert row["kind"] == "unusable data" and "found: nothing" in row["what"]
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_what_is_converted_in_another_way_is_other_data(kind, own, tmp_path):
+    """Stages that depend on the labelled images read what `prepare` makes of the files."""
+    own()
+    raw, given = tmp_path / "raw", []
+    if kind == "image":
+        deep = np.full((48, 64, 3), 9000, np.uint16)
+        cv2.imwrite(str(raw / "images/h.png"), deep)
+        (raw / "images/h.jpg").unlink()
+        given = [{"sixteen_bit": (0.0, high)} for high in (20000.0, 40000.0)]
+    else:
+        for path in (raw / "masks").rglob("*.png"):
+            values = np.where(read_label_map(path) == 1, np.uint8(7), np.uint8(9))
+            Image.fromarray(values).save(path)
+        names = ("thing", "background")
+        given = [{"mask_values": {7: names[i], 9: names[1 - i]}} for i in (0, 1)]
+    labels = raw / "labels.csv"
+    if kind == "image":
+        labels.write_text(labels.read_text(encoding="utf-8").replace("h.jpg", "h.png"), "utf-8")
+    found = [
+        (own(**changes) / "data/prepared" / prepared.LABELLED).read_bytes() for changes in given
+    ]
+    assert found[0] != found[1]
+    assert (own(**given[1]) / "data/prepared" / prepared.LABELLED).read_bytes() == found[1]
 
 
 def test_data_that_grow_compute_what_is_new(own, run, tiny, tmp_path, capsys):

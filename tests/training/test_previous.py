@@ -9,6 +9,7 @@ from support.sections import changed
 
 from isim.errors import UserError
 from isim.models import common
+from isim.training import previous
 from isim.training.previous import LastNetwork
 
 ABOUT = {"rounds": 3, "supervision": "image labels"}
@@ -118,6 +119,22 @@ def test_classes_in_another_order_are_others(last, trained):
     config = config_of("cam")
     with pytest.raises(UserError, match="another order"):
         last().begin(network_of("cam"), replace(config, classes=config.classes[::-1]))
+
+
+def test_one_of_another_isim_is_told(last, trained, capsys, monkeypatch):
+    trained(1.0)
+    monkeypatch.setattr(previous.identity, "of_code", lambda stage: "other")
+    begun(last())
+    assert "by another isim)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("about", ["{}", "[]", "3", '{"identity": "a", "rounds": 1}'])
+def test_one_that_tells_too_little_is_damaged(about, last, trained, tmp_path):
+    network = trained(1.0)
+    path = tmp_path / ".isim/previous/train_cam.safetensors"
+    common.save(path, network, config_of("cam"), about=about)
+    with pytest.raises(UserError, match="is damaged; delete the folder"):
+        begun(last())
 
 
 @pytest.mark.parametrize("length", [1, 100, -5])

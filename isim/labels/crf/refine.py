@@ -141,10 +141,7 @@ def label_energies(label: NDArray[np.integer], count: int, gt_prob: float) -> ND
 
 def uses_kernel() -> bool:
     """Tell whether the C++ kernel computes, and not pydensecrf: also beside a GPU (`torch`)."""
-    backend = kernels.crf_backend()
-    if backend in ("auto", "torch"):
-        return kernels.available("crf", "the dCRF is computed by pydensecrf, slowly")
-    return backend == "compiled"
+    return kernels.crf_used("cpu") == "compiled"
 
 
 def _most_probable(probabilities: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.uint8]:
