@@ -151,7 +151,7 @@ class Kept:
         """Ids of the images whose results are there and whole; damaged ones are told."""
         found: list[str] = []
         damaged = 0
-        for item in progress.track(items if processes.is_main() else (), "results of before"):
+        for item in progress.track(items, "results of before"):
             try:
                 if self._read(item, len(outs)) is not None:
                     # The least recently used ones are deleted first.
