@@ -12,17 +12,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import runs
 
 from isim.experiments import preset
 
 # As the entry point does, before torch is imported: on a busy machine threads that spin make the
 # suite several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each has a core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOC_NAMES = {"bird": 3, "cat": 8, "cow": 10, "dog": 12, "person": 15}
 MakeDevkit = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 TINY = preset.parameters("tiny")
+# They start the most processes: begun last, one would run while the other worker has none left.
+LONG = (
+    "project/test_recipe.py",
+    "test_pipeline.py",
+    "test_resume.py",
+    "test_distributed.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in two workers, a file in one; named files here, as a debugger needs."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    # A worker reads the same command line; `-n` says otherwise, and without xdist there is none.
+    free = getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if whole and free and not (option.usepdb or option.collectonly):
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        places = {str(ROOT / "tests" / name): place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(str(item.path), len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +173,13 @@ def finished_project(prepared_project, tmp_path_factory):
         random_walk.run(TINY.random_walk, root)
         evaluate.run(TINY.evaluate, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """A function that runs a step in processes of its own: they import once a session."""
+    with runs.nursery(tmp_path_factory.mktemp("nursery") / "stderr") as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
 # Run, or loaded by a library, rather than imported.
 TOOLS = {"codespell", "mkdocs-material", "mkdocstrings", "mypy", "pre-commit", "psycopg2-binary"}
-TOOLS |= {"ruff", "setuptools"}
+TOOLS |= {"pytest-xdist", "ruff", "setuptools"}
 
 
 def plain(name):
@@ -38,6 +39,7 @@ EXTRAS = {
 }
 
 
+@cache
 def libraries(*folders):
     """Distributions whose packages the files of `folders` import, lazily too."""
     names = set()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from support.runs import family, isim, nursery, outs, wait_for
+from support.runs import family, isim, outs, wait_for
 
 KILLED, ENDED = -int(signal.SIGKILL), 0
 UNBROKEN = (None, 0)
@@ -24,7 +24,7 @@ class Life(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
+def lives(nursery):
     """A function that runs a stage once a (moment, count), which kills it."""
 
     def life(rank):
@@ -33,17 +33,15 @@ def lives(tmp_path_factory):
         images = [name for name in rank["images"] if not fnmatch(name, "round_*/*.npz")]
         return Life(rank["code"], len(rank["losses"]), len(images))
 
-    with nursery(tmp_path_factory.mktemp("nursery") / "stderr") as run:
+    def live(root, *steps, stage="train_cam", arguments=(), **changes):
+        what = {"stage": stage, "arguments": arguments, "changes": changes}
+        found = []
+        for moment, count in steps:
+            death = {"moment": moment, "count": count, "victim": 0} if moment else {}
+            found += map(life, nursery(root, 1, **what, **death))
+        return found
 
-        def live(root, *steps, stage="train_cam", arguments=(), **changes):
-            what = {"stage": stage, "arguments": arguments, "changes": changes}
-            found = []
-            for moment, count in steps:
-                death = {"moment": moment, "count": count, "victim": 0} if moment else {}
-                found += map(life, run(root, 1, **what, **death))
-            return found
-
-        yield live
+    return live
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from support.images import opened
-from support.runs import nursery
 from support.squares import IDS, ITEMS, LINES, noted, square
 
 from isim.passes import each
@@ -17,10 +16,9 @@ from isim.runtime.processes import LOST
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(nursery):
     """A function that squares numbers in processes of their own: their exit codes."""
-    with nursery(tmp_path_factory.mktemp("nursery") / "stderr") as run:
-        yield lambda *given, **dies: [r["code"] for r in run(*given, function="square", **dies)]
+    return lambda *given, **dies: [r["code"] for r in nursery(*given, function="square", **dies)]
 
 
 @pytest.mark.parametrize(

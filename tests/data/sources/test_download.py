@@ -178,7 +178,12 @@ def test_archives_that_leave_the_folder_are_refused(tmp_path, members):
     assert names(root) == ["kit.tar"] and names(tmp_path) == ["root"]
 
 
-@pytest.mark.parametrize("data", [b"", b"no archive", make_tar()[:-40], make_tar({"other": b""})])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no archive", make_tar()[:-40], make_tar({"other": b""})],
+    # An archive holds the time at which it was made.
+    ids=["empty", "text", "cut", "another folder"],
+)
 def test_archives_that_are_no_use_are_refused(tmp_path, data):
     (tmp_path / "kit.tar").write_bytes(data)
     with pytest.raises(UserError, match=r"no usable tar archive|holds no folder kit/VOC"):
