@@ -37,6 +37,8 @@ Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
 Splits = Annotated[tuple[str, ...], Field(min_length=1)]
 Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
+# Patches a side of a grid whose affinities are walked along: 1 GB of those of all pairs.
+MOST_SIDE = 128
 
 
 def chosen(threshold: str | float) -> float:
@@ -308,6 +310,12 @@ class TrainCam(Training):
                     f"{name}: method {self.method} has no decoder; use deeplabcam or another"
                 )
         if self.method == "frozen":
+            if max(self.features.sides) > MOST_SIDE * stride:
+                raise ValueError(
+                    f"features.sides: {max(self.features.sides)} at output_stride {stride} is more "
+                    f"than {MOST_SIDE} patches a side, whose affinities fill the memory; use "
+                    f"{MOST_SIDE * stride} at most"
+                )
             if self.start == "previous" and not self.frozen.rounds:
                 raise ValueError("start: previous labels the first round; set frozen.rounds to 1")
             return self

@@ -168,6 +168,14 @@ def test_a_previous_network_labels_a_round(tree):
     assert "start: previous labels the first round" in refusal(tree)
 
 
+def test_a_grid_whose_affinities_fill_the_memory_is_refused(tree):
+    tree["train_cam"] |= {"method": "frozen", "output_stride": 16}
+    tree["train_cam"]["features"] = {"sides": [2048], "stages": 1}
+    assert params.validate(tree, "here").train_cam.features.sides == (2048,)
+    tree["train_cam"]["features"]["sides"] = [512, 2080]
+    assert refusal(tree).endswith("whose affinities fill the memory; use 2048 at most")
+
+
 def test_a_wrong_affinity_is_reported_once(tree):
     tree["random_walk"]["affinity"] = "nets"
     message = refusal(tree)

@@ -246,7 +246,8 @@ def _walked(planes: Tensor, affinity: Tensor, walk: _WalkConfig) -> Tensor:
     """Walk planes (K', h, w) along an affinity (N, N): (K', N)."""
     inside = None
     if walk.affinity == "attention":
-        inside = dense.boxes(planes).flatten(1)
+        # A plane of a head may stay low everywhere: it would have no box, and walk to nothing.
+        inside = dense.boxes(_over_maximum(planes.flatten(1)).view_as(planes)).flatten(1)
     return dense.walk(planes.flatten(1), affinity, walk.steps, inside)
 
 

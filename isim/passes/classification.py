@@ -70,6 +70,7 @@ def frozen(cached: Features, items: Sequence[Item]) -> dict[str, float]:
     return figures(items, frozen_logits(cached, items))
 
 
+@torch.inference_mode()
 def frozen_logits(cached: Features, items: Sequence[Item]) -> NDArray[np.float32]:
     """Compute the logits (B, K) of images by their cached features."""
     network = cached.network
@@ -78,7 +79,7 @@ def frozen_logits(cached: Features, items: Sequence[Item]) -> NDArray[np.float32
         for item in progress.track(items, "classification")
     ]
     classes = network.classifier.weight.shape[0]
-    stacked = torch.stack(found).detach().cpu().numpy() if found else np.zeros((0, classes))
+    stacked = torch.stack(found).cpu().numpy() if found else np.zeros((0, classes))
     return stacked.astype(np.float32)
 
 

@@ -6,6 +6,7 @@ folder, or a file of it, may be deleted at any time: what is missing is computed
 
 import io
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +21,13 @@ from isim.models import folding, frozen
 from isim.models.cam import CamConfig
 from isim.models.frozen import FrozenNetwork
 from isim.models.segmenter import SegmenterConfig
-from isim.passes import each
+from isim.passes import each, stream
 from isim.passes.stream import Array, Tensors
 from isim.runtime import atomic, devices, identity, processes, progress
 from isim.runtime.here import Here
 
+# Another form or way of making them has another number.
+_FORMAT = 1
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -45,6 +48,8 @@ class Features:
         self._here, self.network, self._config = here, network, config
         self._files: dict[str, Path] = {}
         told = {
+            # Another version of these may compute other features.
+            "made by": [_FORMAT, *(version(name) for name in ("timm", "torch"))],
             "encoder": config.encoder,
             "weights": identity.of_tensors(network.encoder.state_dict()),
             "output_stride": config.output_stride,
@@ -152,9 +157,15 @@ def extractor(
     dtype = devices.DTYPES[here.precision]
     prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
 
+    # Batches fill a device by the pixels of the files; two views of each side are computed.
+    pixels = 2 * sum(side**2 for side in config.sides)
+    count = max(1, stream.batch_pixels(here.device) // pixels) if pixels else None
+
     def make(images: Tensor) -> Tensor:
         with devices.autocast(here.precision, here.device):
-            return frozen.features(prepared, config, images).half()
+            parts = images.split(count or len(images))
+            made = [frozen.features(prepared, config, part).half() for part in parts]
+        return torch.cat(made)
 
     return make
 

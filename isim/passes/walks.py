@@ -5,6 +5,7 @@ along the last ones; a GPU walks, too. Along dense affinities of patches the net
 both, as their matrices are larger than what walks. In either case the helpers do the rest.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from isim.models import affinity, folding, frozen
 from isim.models.affinity import AffinityConfig, AffinityNet
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.frozen import FrozenNetwork
-from isim.params import RandomWalk
+from isim.params import MOST_SIDE, RandomWalk
 from isim.passes import counts, each, stream
 from isim.passes.features import Features
 from isim.passes.stream import Array, Compute, OnGroup, Tensors
@@ -237,8 +238,16 @@ def _boxes(planes: Tensor, params: RandomWalk) -> Tensor:
 
 
 def _sized(config: CamConfig, images: Tensor) -> CamConfig:
-    """Configuration of features; those of a network that is not frozen are at the images' size."""
-    return config if config.sides else replace(config, sides=(max(images.shape[-2:]),), stages=1)
+    """Configuration of features; those of a network that is not frozen are at the images' size.
+
+    But for images of more than `MOST_SIDE` squared patches, whose affinities would fill the memory:
+    these are made smaller.
+    """
+    if config.sides:
+        return config
+    longer, shorter = max(images.shape[-2:]), min(images.shape[-2:])
+    most = config.output_stride * MOST_SIDE * math.sqrt(longer / shorter)
+    return replace(config, sides=(min(longer, int(most)),), stages=1)
 
 
 def _cached(cached: Features, batch: Sequence[Item], _: Tensor) -> Iterator[_Grid]:

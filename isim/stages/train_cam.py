@@ -62,6 +62,11 @@ def run(params: TrainCam, root: Path) -> None:
         started = None
     if started is not None:
         reads["previous"] = started.path
+    if params.method == "frozen" and params.threshold not in ("auto", 0.5):
+        progress.tell(
+            f"train_cam: threshold {params.threshold}, though CAMs of a head are probabilities: at "
+            "0.5 class and background are equally likely"
+        )
     with stage.opened("train_cam", params, root, reads=reads) as here:
         devices.place(network, here.device)
         shown = pictures.choose(items, params.pictures)

@@ -204,7 +204,11 @@ def test_planes_walk_along_the_affinity(kind, affinity, network, alone, maps):
     for plane in still:
         box = np.ones(15)
         if affinity == "attention":
-            box = dense.boxes(plane, 0.4).flatten().numpy()
+            box = (
+                dense.boxes(plane / (plane.max() + 1e-5) if kind == "mlp" else plane, 0.4)
+                .flatten()
+                .numpy()
+            )
         walked = plane.flatten().double().numpy()
         for _ in range(2):
             walked = rows @ (box * walked)

@@ -36,7 +36,7 @@ def test_figures_are_those_of_whole_images(run, models, items, tmp_path, monkeyp
         run("classification.classify", tmp_path)
 
 
-def test_figures_of_a_frozen_network_are_those_of_its_features(here, items):
+def test_figures_of_a_frozen_network_are_those_of_its_features(here, items, monkeypatch):
     network, config, rows = frozen_network_of(), config_of("frozen"), []
     cached = Features(here, network, config)
     cached.prepare(items)
@@ -48,6 +48,13 @@ def test_figures_of_a_frozen_network_are_those_of_its_features(here, items):
     expected = metrics.classification_figures(labels, np.stack(rows))
     assert classification.frozen(cached, items) == pytest.approx(expected, abs=1e-6)
     assert classification.frozen(cached, ()) == {}
+    # A graph would hold the features of all images.
+    kept, logits = [], cached.network.logits
+    monkeypatch.setattr(
+        cached.network, "logits", lambda given: kept.append(logits(given)) or kept[-1]
+    )
+    classification.frozen(cached, items)
+    assert not any(one.requires_grad for one in kept)
     network.classifier.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="scores are not finite"):
         classification.frozen(cached, items)

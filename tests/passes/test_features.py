@@ -12,6 +12,7 @@ from support.networks import config_of, frozen_network_of
 
 from isim.errors import UserError
 from isim.models import frozen
+from isim.passes import stream
 from isim.passes.features import Features
 from isim.runtime.here import Here
 
@@ -52,6 +53,21 @@ def test_features_are_those_of_each_image_alone(prepare, network, items):
         tensor = made.tensor(item)
         assert tensor.dtype == torch.float32 and torch.equal(tensor.half(), torch.tensor(found))
     assert len(contents(made)) == 7
+
+
+def test_small_images_of_large_sides_fill_no_memory(prepare, monkeypatch, tmp_path):
+    seen, features = [], frozen.features
+
+    def spied(network, config, images):
+        seen.append(len(images))
+        return features(network, config, images)
+
+    whole = contents(prepare())
+    monkeypatch.setattr(frozen, "features", spied)
+    side = max(config_of("frozen").sides)
+    monkeypatch.setattr(stream, "batch_pixels", lambda device: 2 * side**2)
+    made = prepare(here=Here(tmp_path / "other", "fp32"))
+    assert set(seen) == {1} and len(contents(made)) == len(whole)
 
 
 def test_they_are_found_again_by_content(prepare, items, read_ids, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Random walks: label maps of the dense power, before and after dCRF."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.labels.walk import walk
 from isim.models.common import normalize
-from isim.params import DenseWalk
+from isim.params import MOST_SIDE, DenseWalk
 from isim.passes import counts, features, walks
 from isim.passes.walks import Stored
 from isim.runtime.here import Here
@@ -213,6 +215,16 @@ def test_probabilities_keep_their_values_under_a_constant_threshold(
         getattr(walks, name)(here, *pair, [item], **options)
         label = read_label_map(here.resume / f"labels/train/{item.id}.png")
         assert set(np.unique(label)) - {0} == set(classes)
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((375, 500), 500), ((4000, 6000), 2508), ((2048, 2048), 2048)]
+)
+def test_huge_images_are_walked_at_a_size_that_fits(size, side):
+    sides = walks._sized(config_of("cam"), torch.zeros(1, 3, *size, dtype=torch.uint8)).sides
+    assert sides == (side,)
+    made = config_of("cam").output_stride
+    assert math.prod(one * side / max(size) / made for one in size) <= MOST_SIDE**2
 
 
 def test_attention_of_an_encoder_that_has_none_is_refused(models, tiny):
