@@ -19,7 +19,7 @@ from isim.params import Params, Prepare, flatten, validate
 from isim.runtime.paths import resolve_path
 
 # Longer sides of the images that were measured on VOC (docs/frozen.md): 768 px gave 2 to 3 points
-# more for twice the time, which matters on a CPU.
+# more for 2.25 times the pixels, which matters on a CPU.
 SIDES = {"cpu": 512, "cuda": 768}
 # Fewer patches a side than 16 tell little of where an object is; not measured.
 LEAST_SIDE = 256
