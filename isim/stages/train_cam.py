@@ -56,10 +56,7 @@ def run(params: TrainCam, root: Path) -> None:
         reads["start"] = resolve_path(params.start, root)
         label_sets.require_maps(reads["start"], items)
     last = LastNetwork(home(root) / ".isim", params, root / prepared.FOLDER)
-    started = last.begin(network, config) if params.start == "previous" else None
-    if started is not None and not _has_labels(started):
-        progress.tell("train_cam: the previous network has no head; starts as with start: none")
-        started = None
+    started = _started(last, params, network, config)
     if started is not None:
         reads["previous"] = started.path
     if params.method == "frozen" and params.threshold not in ("auto", 0.5):
@@ -82,12 +79,14 @@ def run(params: TrainCam, root: Path) -> None:
         here.log("final_train", final)
         here.publish({"models": "models/train_cam", "pseudo_labels": "data/pseudo_labels"})
         supervision = encoder.supervision(params.encoder, params.weights)
+        supervision = supervision if started is None else started.supervision
+        here.tracked.tag("supervision", supervision)
         about = {
             "method": params.method,
             **_origin(here, params, started),
             "optimizer_profile": params.optimizer.profile,
             "weights_md5": here.hashes.get("weights"),
-            "supervision": supervision if started is None else started.supervision,
+            "supervision": supervision,
             "precision": here.precision,
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
@@ -104,9 +103,17 @@ def run(params: TrainCam, root: Path) -> None:
     last.end()
 
 
-def _has_labels(started: Started) -> bool:
-    """Tell whether a previous network gives what a run starts from: of a frozen one its head."""
-    return not isinstance(started.network, FrozenNetwork) or started.network.head is not None
+def _started(
+    last: LastNetwork, params: TrainCam, network: CamNetwork | FrozenNetwork, config: CamConfig
+) -> Started | None:
+    """Begin with the previous network, if that is asked for and there is one that can be used."""
+    started = last.begin(network, config) if params.start == "previous" else None
+    if started is None or not isinstance(started.network, FrozenNetwork):
+        return started
+    if started.network.head is None:
+        progress.tell("train_cam: the previous network has no head; starts as with start: none")
+        return None
+    return started
 
 
 def _origin(here: Stage, params: TrainCam, started: Started | None) -> Row:

@@ -81,11 +81,13 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         here.publish(
             {"model": f"models/train_segmenter/{name}", "predictions": f"data/predictions/{name}"}
         )
+        supervision = encoder.supervision(params.encoder, params.weights)
+        here.tracked.tag("supervision", supervision)
         about = {
             "label_set": name,
             "method": params.method,
             "encoder": params.encoder,
-            "supervision": encoder.supervision(params.encoder, params.weights),
+            "supervision": supervision,
             "weights_md5": here.hashes.get("weights"),
             "decoder_weights": decoder_weights,
             "precision": here.precision,
