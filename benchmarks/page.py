@@ -84,9 +84,11 @@ def generate(root: Path, count: int, side: int) -> None:
     rows = [{"id": id_, "image": f"{id_}.jpg", "mask": ""} for id_ in ids]
     atomic.write_csv(folder / "train.csv", rows)
     tags = [
-        {"id": id_, "labels": CLASSES[label - 1]} for id_, label in zip(ids, labels, strict=True)
+        {"id": id_, "labels": CLASSES[label - 1], "known": 1}
+        for id_, label in zip(ids, labels, strict=True)
     ]
     atomic.write_csv(folder / "labels.csv", tags)
+    atomic.write_csv(folder / "manifest.csv", [], ["path", "bytes", "md5"])
     about = {"format": prepared.FORMAT, "root": str(root / "images"), "classes": CLASSES}
     (folder / "dataset.json").write_text(json.dumps(about | {"splits": {"train": count}}))
 
