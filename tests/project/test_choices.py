@@ -13,11 +13,7 @@ from isim.params import validate
 from isim.project import choices
 from isim.project.choices import Wishes
 
-
-@pytest.fixture(autouse=True)
-def _machine(monkeypatch, tmp_path):
-    monkeypatch.setenv("ISIM_DEVICE", "cpu")
-    monkeypatch.setenv("ISIM_SHARED", str(tmp_path / "shared"))
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 @pytest.fixture(scope="module")

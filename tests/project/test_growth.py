@@ -9,11 +9,7 @@ from isim.experiments import overlay, preset
 from isim.project import choices, growth
 from isim.project.choices import Wishes
 
-
-@pytest.fixture(autouse=True)
-def _machine(monkeypatch, tmp_path):
-    monkeypatch.setenv("ISIM_DEVICE", "cpu")
-    monkeypatch.setenv("ISIM_SHARED", str(tmp_path / "shared"))
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 @pytest.fixture(scope="module")
