@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ class Labelled:
     path: Path
     split: str
     shown: Sequence[float] | None = None
+
+    @cached_property
+    def unusual(self) -> str:
+        """`files.unusual` of the image, which is opened once for it."""
+        return files.unusual(self.image)
 
     def read(self) -> NDArray[np.uint8]:
         """Read the (H, W, 3) uint8 RGB image; errors as `files.read_image`."""
@@ -89,7 +95,7 @@ def put_image(entry: Labelled, folder: Path, name: str, *, copy: bool) -> Path:
     detail, too, else as PNG. Raises UserError for an unreadable image, or a failed write.
     """
     atomic.make_directory((folder / name).parent)
-    if files.unusual(entry.image):
+    if entry.unusual:
         suffix = ".jpg" if files.is_lossy(entry.image) else ".png"
         path = folder / f"{name}{suffix}"
         with atomic.atomic_path(path) as temporary:
@@ -106,7 +112,7 @@ def put_image(entry: Labelled, folder: Path, name: str, *, copy: bool) -> Path:
 
 def written_anew(data: LabelledSet) -> str:
     """Tell how many images `put_image` writes anew, and why, in words; empty for none."""
-    reasons = Counter(filter(None, (files.unusual(entry.image) for entry in data.entries)))
+    reasons = Counter(filter(None, (entry.unusual for entry in data.entries)))
     why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     count = sum(reasons.values())
     plural = "s are" if count > 1 else " is"
