@@ -16,6 +16,7 @@ from isim.data.sources.source import Source
 from isim.errors import UserError
 from isim.experiments import cells, overlay, preset
 from isim.params import Params, Prepare, flatten, validate
+from isim.project.growth import FEW_IMAGES
 from isim.runtime.paths import resolve_path
 
 # Longer sides of the images that were measured on VOC (docs/frozen.md): 768 px gave 2 to 3 points
@@ -31,8 +32,6 @@ STEPS = {"train_cam": 700, "train_segmenter": 420}
 EPOCHS = (10, 100)
 # Folders of masks below the root, as the source `folder` looks for them: the first counts.
 MASKS = ("masks", "SegmentationClass")
-# With fewer images each is worth more to learn from than to look at.
-FEW_IMAGES = 10
 # Images whose sizes are looked at.
 SAMPLE = 200
 

@@ -9,8 +9,10 @@ from isim.data.sources import folder
 from isim.data.sources.source import Source
 from isim.experiments import preset
 from isim.params import Params
-from isim.project.choices import FEW_IMAGES
 from isim.runtime.paths import resolve_path
+
+# With fewer images each is worth more to learn from than to look at.
+FEW_IMAGES = 10
 
 # By the name of a split: which of its images have a mask.
 Splits = Mapping[str, Sequence[bool]]
