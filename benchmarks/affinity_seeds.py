@@ -186,7 +186,12 @@ def set_parameters(root: Path, values: Mapping[str, Any]) -> None:
 
 def open_project(root: Path, images: int, every: int) -> None:
     """Prepare a project: `train` has so many images to learn from (0: all), `val` those scored."""
+    record = root / "images.json"
+    asked = {"images": images, "every": every}
     if (root / "data/prepared").exists():
+        # A row would else be of other images than its call says.
+        if json.loads(record.read_text()) != asked:
+            raise SystemExit(f"{root} was made with {record.read_text()}; take another folder")
         return
     given = resolve_path(preset.parameters(PRESET).prepare.root, Path.cwd())
     source, devkit = given / "VOCdevkit/VOC2012", root / "devkit"
@@ -200,6 +205,7 @@ def open_project(root: Path, images: int, every: int) -> None:
     chosen = {"train": [ids[place] for place in places], "val": ids[::every]}
     for split, names in chosen.items():
         atomic.write_text(devkit / lists / f"{split}.txt", "\n".join(names) + "\n")
+    atomic.write_json(record, asked)
     set_parameters(root, {})
     stage.start("prepare", root)
 

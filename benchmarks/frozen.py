@@ -4,6 +4,8 @@
   forward passes over the same pixels, prepared beforehand, in as many threads.
 - A head's training on cached features, against the same steps on random numbers that are in memory
   in the type that is computed in: what is more is reading and choosing patches.
+- CAMs of a round, by a head on cached features, walked along cosine affinities: the pass that reads
+  them, against the same arithmetic on features that are in memory.
 - Dense affinities of a batch of images of one size, against one image after the other.
 
 The encoder is a preset's with random weights, which cost what trained ones do; the images are the
@@ -33,6 +35,7 @@ from isim.models import cam, folding, frozen
 from isim.models.cam import CamConfig
 from isim.models.frozen import FrozenNetwork
 from isim.params import Head
+from isim.passes import cams
 from isim.passes.features import Features
 from isim.runtime import devices
 from isim.runtime.here import Here
@@ -69,6 +72,7 @@ def main() -> None:
         else:
             head = params.frozen.head.model_copy(update={"steps": given.steps})
             rows.append(training(here, network, config, items, head, repeats=given.repeats))
+            rows.append(cached_round(here, network, config, items, given.repeats))
             rows.append(affinities(given.repeats))
     harness.report(rows)
 
@@ -150,6 +154,34 @@ def training(
     data = f"{len(items)} images, {len(network.centre)} channels, {params.batch} patches a step"
     case = harness.Case("head on cached features", data, ">= 0.8")
     return harness.compare(case, bare, cached, units=params.steps, repeats=repeats)
+
+
+def cached_round(
+    here: Here, network: FrozenNetwork, config: CamConfig, items: Sequence[Item], repeats: int
+) -> harness.Row:
+    """Compare a round's pass over cached features with its arithmetic; the network has its head."""
+    features = Features(here, network, config)
+    features.prepare(items)
+    held = [(features.tensor(item), torch.from_numpy(item.class_ids)) for item in items]
+    threads = torch.get_num_threads() if here.device.type == "cpu" else 1
+
+    def planes(given: tuple[Tensor, Tensor]) -> Tensor:
+        return network.planes(*given, config)
+
+    def bare() -> None:
+        with (
+            devices.intra_op_threads(1),
+            ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool,
+        ):
+            list(pool.map(planes, held))
+
+    def cached() -> None:
+        for _ in cams.grids(here, features, config, items):
+            pass
+
+    data = f"{harness.data_name(items)}, {config.sides[0]} px, affinity {config.affinity}"
+    case = harness.Case("CAMs of a cached round", data, ">= 0.8", "the same planes")
+    return harness.compare(case, bare, cached, units=len(items), repeats=repeats)
 
 
 def affinities(repeats: int) -> harness.Row:

@@ -58,6 +58,7 @@ class CamConfig(common.Config):
     stages: int = 0
     head_kind: str = "none"
     head_width: int = 0
+    pooling: str = "gap"
     affinity: str = "none"
     tau: float = 0.0
     beta: float = 1.0
@@ -329,7 +330,8 @@ def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
     own: dict[str, Any] = {}
     if params.method == "frozen":
         own = {**params.features.model_dump(), **params.dense_walk.model_dump()}
-        own |= {"affinity": params.frozen.affinity, "head_width": params.frozen.head.width}
+        own |= {"affinity": params.frozen.affinity, "pooling": params.frozen.pooling}
+        own["head_width"] = params.frozen.head.width
     return encoders.configure(CamConfig, params, classes=classes, **own)
 
 

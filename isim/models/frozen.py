@@ -5,7 +5,7 @@ it exactly. Heads see them standardised, each channel by its mean and deviation 
 images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,6 +22,8 @@ from isim.models.vit import PlainViT
 
 # A tag is known to be there: with a head, its plane rises at least so high somewhere.
 _LEAST_PEAK = 0.75
+# Pooling mil: the share of an image's patches whose mean is a class's score.
+_MIL_SHARE = 0.1
 
 
 class _FeatureConfig(Protocol):
@@ -67,18 +69,45 @@ def views(images: Tensor, side: int, config: _FeatureConfig) -> Tensor:
     return normalize(resized, config.mean, config.std)
 
 
+# Normalised views (B, 3, H, W) to the encoder's maps.
+_Encode = Callable[[Tensor], Sequence[Tensor]]
+
+
 @torch.inference_mode()
-def features(encoder: nn.Module, config: _FeatureConfig, images: Tensor) -> Tensor:
+def features(encoder: _Encode, config: _FeatureConfig, images: Tensor) -> Tensor:
     """Features (B, C, h, w) float32 of (B, 3, H, W) uint8 RGB images of one size.
 
     They are those of the image and of its mirror image, averaged; of several sides, resized to the
     grid of the largest, and joined. The channels of the last stage come last.
     """
+    return _features([encoder] * len(config.sides), config, images)
+
+
+@torch.inference_mode()
+def features_with_attention(
+    encoder: nn.Module, config: _FeatureConfig, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute both `features` and `attention`, in one pass of the largest side; errors as there."""
+    heard: list[Tensor] = []
+    transformer = require_attention(encoder, config)
+
+    def listened(both: Tensor) -> Sequence[Tensor]:
+        maps, found = transformer.with_attention(both)
+        heard.append(found)
+        return maps
+
+    others: list[_Encode] = [encoder] * (len(config.sides) - 1)
+    maps = _features([listened, *others], config, images)
+    return maps, _of_both(heard[0], maps.shape[-2:])
+
+
+def _features(encode: Sequence[_Encode], config: _FeatureConfig, images: Tensor) -> Tensor:
+    """Features as of `features`; what encodes the views of each side, the largest first."""
     maps: list[list[Tensor]] = []
-    for side in sorted(config.sides, reverse=True):
+    for side, encoded in zip(sorted(config.sides, reverse=True), encode, strict=True):
         view = views(images, side, config)
         both = torch.cat([view, view.flip(-1)]).contiguous(memory_format=torch.channels_last)
-        stages = encoder(both)[-config.stages :]
+        stages = encoded(both)[-config.stages :]
         averaged = [(m[: len(images)].float() + m[len(images) :].flip(-1)) / 2 for m in stages]
         grid = (maps[0] if maps else averaged)[-1].shape[-2:]
         maps.append([_resized(m.float(), grid) for m in averaged])
@@ -104,11 +133,15 @@ def attention(encoder: nn.Module, config: _FeatureConfig, images: Tensor) -> Ten
     """
     transformer = require_attention(encoder, config)
     view = views(images, max(config.sides), config)
-    stride = config.output_stride
-    height, width = (side // stride for side in view.shape[-2:])
-    there = torch.arange(height * width, device=view.device).unflatten(0, (height, width))
+    found = transformer.attention(torch.cat([view, view.flip(-1)]))
+    return _of_both(found, [side // config.output_stride for side in view.shape[-2:]])
+
+
+def _of_both(found: Tensor, size: Sequence[int]) -> Tensor:
+    """Average the attention (2B, N, N) of images and their mirror images, on a grid of `size`."""
+    there = torch.arange(found.shape[-1], device=found.device).unflatten(0, tuple(size))
     mirrored = there.flip(-1).flatten()
-    plain, other = transformer.attention(torch.cat([view, view.flip(-1)])).float().chunk(2)
+    plain, other = found.float().chunk(2)
     return (plain + other[:, mirrored][:, :, mirrored]) / 2
 
 
@@ -178,9 +211,16 @@ class FrozenNetwork(encoders.EncoderNetwork):
             return scores
         return F.pad(self.class_scores(patches), (1, 0))
 
-    def logits(self, patches: Tensor) -> Tensor:
-        """Image logits (K,) of its standardised patches (N, C): the paper's pooling by the mean."""
-        return self.class_scores(patches).mean(0)
+    def logits(self, patches: Tensor, pooling: str) -> Tensor:
+        """Image logits (K,) of its standardised patches (N, C).
+
+        Pooling `gap` is the mean of all patches' scores (paper 3.2), `mil` that of the highest
+        tenth of each class's.
+        """
+        scores = self.class_scores(patches)
+        if pooling == "mil":
+            scores = scores.topk(max(1, round(_MIL_SHARE * len(scores))), dim=0).values
+        return scores.mean(0)
 
     @torch.inference_mode()
     def planes(

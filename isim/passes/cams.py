@@ -14,7 +14,7 @@ from isim.models.inference import multi_scale_cams
 from isim.params import ExportCams, TrainCam
 from isim.passes import stream
 from isim.passes.features import Features
-from isim.runtime import devices, helpers, progress
+from isim.runtime import devices, helpers
 from isim.runtime.here import Here
 
 # Scales and flip that CAMs are summed over.
@@ -60,8 +60,8 @@ def _grown(
 ) -> list[Tensor]:
     """CAMs (K', H, W) of a frozen network, upsampled from its grid."""
     size, found = tuple(images.shape[-2:]), []
-    for item, image in zip(items, images, strict=True):
-        planes = cached.planes(config, item, image)
+    for item in items:
+        planes = cached.planes(config, item)
         if len(planes):
             planes = F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0]
         found.append(planes if len(planes) else planes.new_zeros(0, *size))
@@ -71,18 +71,7 @@ def _grown(
 def grids(
     here: Here, cached: Features, config: CamConfig, items: Sequence[Item]
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its (K', h, w) CAMs on the grid.
-
-    Images are opened for the affinity `attention` alone, and then the largest come first.
-    """
-    if config.affinity == "attention":
-
-        def make(some: Sequence[Item], images: Tensor) -> list[Tensor]:
-            return [cached.planes(config, *pair) for pair in zip(some, images, strict=True)]
-
-        made = stream.computed(make, items, here.device)
-        yield from progress.track(made, "CAMs", len(items))
-        return
+    """Yield each item with its (K', h, w) CAMs on the grid; no image is opened."""
 
     def of_one(item: Item) -> tuple[Item, Tensor]:
         return item, cached.planes(config, item)

@@ -75,7 +75,7 @@ def frozen_logits(cached: Features, items: Sequence[Item]) -> NDArray[np.float32
     """Compute the logits (B, K) of images by their cached features."""
     network = cached.network
     found = [
-        network.logits(network.standardise(cached.tensor(item).flatten(1).T))
+        network.logits(network.standardise(cached.tensor(item).flatten(1).T), cached.pooling)
         for item in progress.track(items, "classification")
     ]
     classes = network.classifier.weight.shape[0]

@@ -1,7 +1,9 @@
 """Features of a frozen encoder, computed once an image and found again by content.
 
-They lie in `features/<what they depend on>/<md5 of the image file>.npy`: (C, h, w) float16. A
-folder, or a file of it, may be deleted at any time: what is missing is computed again.
+They lie in `features/<what they depend on>/<md5 of the image file>.npy`: (C, h, w) float16. Where
+planes walk along attention, that of the N = h * w patches lies beside them, (N, N) float16, in
+`<md5>.attention.npy`. A folder, or a file of it, may be deleted at any time: what is missing is
+computed again.
 """
 
 import io
@@ -39,6 +41,7 @@ class Features:
     Attributes:
         network: The network.
         folder: Where they lie; another encoder, other weights, sides or stages have another one.
+        pooling: That of the classifier.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Features:
     ) -> None:
         """Find the folder; nothing is computed yet."""
         self._here, self.network, self._config = here, network, config
-        self._files: dict[str, Path] = {}
+        self._attends = _attends(config)
+        self.pooling = config.pooling if isinstance(config, CamConfig) else "gap"
+        self._digests: dict[str, str] = {}
         told = {
             # Another version of these may compute other features.
             "made by": [_FORMAT, *(version(name) for name in ("timm", "torch"))],
@@ -67,32 +72,40 @@ class Features:
         """
         here = self._here
         digested = progress.track(items, "digests of the images")
-        places = {item.id: self._file(item) for item in digested}
+        places = {item.id: self._files(item) for item in digested}
         # The first process's list: all must leave out the same, though some already write.
         known = set(processes.broadcast([path.name for path in self.folder.glob("*.npy")]))
-        missing = [item for item in items if places[item.id].name not in known]
-        missing = list({places[item.id]: item for item in missing}.values())
+        missing = {
+            places[item.id][0]: item
+            for item in items
+            if not known.issuperset(path.name for path in places[item.id])
+        }
         if missing:
             make = extractor(here, self.network, self._config)
             atomic.make_directory(self.folder)
 
             def compute(_: Sequence[Item], images: Tensor) -> list[Tensors]:
-                return [(maps,) for maps in make(images)]
+                maps, attention = make(images)
+                if attention is None:
+                    return [(own,) for own in maps]
+                return list(zip(maps, attention.half(), strict=True))
 
-            def finish(item: Item, maps: Array) -> dict[str, Any]:
-                if not np.isfinite(maps).all():
+            def finish(item: Item, *made: Array) -> dict[str, Any]:
+                if not all(np.isfinite(array).all() for array in made):
                     raise UserError(
                         f"the encoder's features of {item.image} are not finite; set the stage's "
                         "precision to fp32, or choose another encoder"
                     )
-                stream = io.BytesIO()
-                np.save(stream, maps)
-                atomic.write_bytes(places[item.id], stream.getvalue())
+                for path, array in zip(places[item.id], made, strict=True):
+                    stream = io.BytesIO()
+                    np.save(stream, array)
+                    atomic.write_bytes(path, stream.getvalue())
                 return {}
 
             with progress.task("features"):
-                each.image(here, missing, finish, name=None, compute=compute)
-        size = sum(places[item.id].stat().st_size for item in items) / 1e9
+                computed = list(missing.values())
+                each.image(here, computed, finish, name=None, compute=compute)
+        size = sum(path.stat().st_size for item in items for path in places[item.id]) / 1e9
         progress.tell(
             f"{here.name}: features of {len(items)} images ({len(missing)} computed now), "
             f"{size:.2f} GB in {self.folder} (may be deleted at any time)"
@@ -103,51 +116,62 @@ class Features:
 
         Raises UserError when they are gone or no such file.
         """
-        path = self._file(item)
-        try:
-            maps: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-            if maps.dtype != np.float16 or maps.ndim != 3:
-                raise ValueError("another array")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} is gone or damaged; delete it if it is there, and run the same command "
-                "again"
-            ) from error
-        return maps
+        return _mapped(self._files(item)[0], 3)
 
     def tensor(self, item: Item) -> Tensor:
         """Read the (C, h, w) float32 features of an image, on the stage's device."""
         return torch.from_numpy(self.of(item).astype(np.float32)).to(self._here.device)
 
-    def planes(self, config: CamConfig, item: Item, image: Tensor | None = None) -> Tensor:
-        """CAMs (K', h, w) of an image on the grid: `FrozenNetwork.planes`, as `config` has them.
+    def attention(self, item: Item) -> Tensor:
+        """Read the (N, N) float32 attention of an image's patches, on the stage's device.
 
-        The (3, H, W) uint8 pixels, on the device, are for affinity `attention` alone.
+        It is there where the configuration walks along it. Errors are those of `of`.
         """
-        ids, given = torch.from_numpy(item.class_ids), None
-        if config.affinity == "attention" and image is not None and len(ids):
-            with devices.autocast(self._here.precision, self._here.device):
-                given = frozen.attention(self.network.encoder, config, image[None])[0]
+        attention = _mapped(self._files(item)[1], 2)
+        return torch.from_numpy(attention.astype(np.float32)).to(self._here.device)
+
+    def planes(self, config: CamConfig, item: Item) -> Tensor:
+        """CAMs (K', h, w) of an image on the grid: `FrozenNetwork.planes`, as `config` has them."""
+        ids = torch.from_numpy(item.class_ids)
+        given = self.attention(item) if _attends(config) and len(ids) else None
         return self.network.planes(self.tensor(item), ids, config, given)
 
-    def _file(self, item: Item) -> Path:
-        """Path of an image's features; its content is digested once."""
-        if item.id not in self._files:
+    def _files(self, item: Item) -> list[Path]:
+        """Paths of what is kept of an image, whose content is digested once."""
+        if item.id not in self._digests:
             try:
-                self._files[item.id] = self.folder / f"{identity.md5(item.image)}.npy"
+                self._digests[item.id] = identity.md5(item.image)
             except OSError:
                 # Its own message tells what is wrong with the image.
                 files.image_size(item.image)
                 raise
-        return self._files[item.id]
+        suffixes = (".npy", ".attention.npy")[: 1 + self._attends]
+        return [self.folder / f"{self._digests[item.id]}{suffix}" for suffix in suffixes]
+
+
+def _attends(config: CamConfig | SegmenterConfig) -> bool:
+    return isinstance(config, CamConfig) and config.affinity == "attention"
+
+
+def _mapped(path: Path, dimensions: int) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.dtype != np.float16 or array.ndim != dimensions:
+            raise ValueError("another array")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} is gone or damaged; delete it if it is there, and run the same command again"
+        ) from error
+    return array
 
 
 def extractor(
     here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """Prepare a copy of a network's encoder; return a function that makes features by it.
 
-    They are (B, C, h, w) float16 of (B, 3, H, W) uint8 images of one size.
+    They are (B, C, h, w) float16 of (B, 3, H, W) uint8 images of one size, with the attention
+    (B, N, N) float32 of their patches where the configuration walks along it.
     """
 
     def seen(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -161,11 +185,17 @@ def extractor(
     pixels = 2 * sum(side**2 for side in config.sides)
     count = max(1, stream.batch_pixels(here.device) // pixels) if pixels else None
 
-    def make(images: Tensor) -> Tensor:
+    def of_some(images: Tensor) -> tuple[Tensor, Tensor | None]:
         with devices.autocast(here.precision, here.device):
-            parts = images.split(count or len(images))
-            made = [frozen.features(prepared, config, part).half() for part in parts]
-        return torch.cat(made)
+            if _attends(config):
+                return frozen.features_with_attention(prepared, config, images)
+            return frozen.features(prepared, config, images), None
+
+    def make(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        parts = [of_some(part) for part in images.split(count or len(images))]
+        maps = torch.cat([maps.half() for maps, _ in parts])
+        heard = [attention for _, attention in parts if attention is not None]
+        return maps, torch.cat(heard) if heard else None
 
     return make
 

@@ -18,7 +18,6 @@ from torchvision.transforms.v2 import functional as TF
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.metrics import IGNORE
-from isim.models import frozen
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_cams, multi_scale_probabilities
@@ -114,18 +113,20 @@ class Answer:
 
 def _features(
     here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """Return what makes (C, h, w) float32 of (3, H, W) uint8, rounded as in the cache.
 
-    It raises UserError for features that are not finite.
+    The attention (N, N) of its patches comes with them where planes walk along it. It raises
+    UserError for features that are not finite.
     """
     make = features.extractor(here, network, config)
 
-    def of_image(image: Tensor) -> Tensor:
-        found = make(image[None])[0].float()
+    def of_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        maps, attention = make(image[None])
+        found = maps[0].float()
         if not torch.isfinite(found).all():
             raise UserError("the encoder's features are not finite; set precision to fp32")
-        return found
+        return found, None if attention is None else attention[0].half().float()
 
     return of_image
 
@@ -180,7 +181,7 @@ class BySegmenter:
         """(L, h, w) float32 at the working size."""
         if isinstance(self._network, FrozenNetwork):
             # The image itself is taken: it is then resized once, as in the training.
-            grid = self._network.probabilities(self._features(pixels))
+            grid = self._network.probabilities(self._features(pixels)[0])
             return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
         with devices.autocast(self._here.precision, self._here.device):
             return multi_scale_probabilities(
@@ -246,11 +247,9 @@ class ByTags:
         return planes.float().cpu().numpy(), small.permute(1, 2, 0).cpu().numpy()
 
     def _of(self, pixels: Tensor, small: Tensor, ids: Tensor) -> Tensor:
-        attention = None
-        with devices.autocast(self._here.precision, self._here.device):
-            if isinstance(self._network, CamNetwork):
-                given = self._network, self.config, small[None], [ids]
+        if isinstance(self._network, CamNetwork):
+            given = self._network, self.config, small[None], [ids]
+            with devices.autocast(self._here.precision, self._here.device):
                 return multi_scale_cams(*given, scales=self._scales, flip=self._flip)[0]
-            if self.config.affinity == "attention":
-                attention = frozen.attention(self._network.encoder, self.config, pixels[None])[0]
-        return self._network.planes(self._features(pixels), ids, self.config, attention)
+        maps, attention = self._features(pixels)
+        return self._network.planes(maps, ids, self.config, attention)

@@ -56,11 +56,15 @@ class _Way(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """Patches (N, C) to compare on a grid (h, w), N = h * w, and their scores (N, L) of labels."""
+    """Patches (N, C) to compare on a grid (h, w), N = h * w, and their scores (N, L) of labels.
+
+    The (N, N) attention is there where the walk follows it.
+    """
 
     size: tuple[int, int]
     patches: Tensor
     scores: Tensor
+    attention: Tensor | None
 
 
 # (M, h, w) planes of an image that walk, at the size (h, w).
@@ -138,25 +142,22 @@ def walk_dense(
     walking = replace(config, affinity=params.affinity, **params.dense_walk.model_dump())
     describe: _Describe
     if isinstance(network, Features):
-        patches, describe = network.network, partial(_cached, network)
+        patches, describe = network.network, partial(_cached, network, walking)
     else:
         patches = _as_frozen(network)
-        describe = _computed(here, patches, config)
+        describe = _computed(here, patches, walking)
     read = _reader(params, cams)
     attends = params.affinity == "attention"
 
     @torch.inference_mode()
     def walked(batch: Sequence[Item], images: Tensor) -> list[Tensors]:
-        attention = None
-        if attends:
-            with devices.autocast(here.precision, here.device):
-                attention = frozen.attention(patches.encoder, _sized(config, images), images)
         # Images of one size have grids of one size.
         grids = list(describe(batch, images))
         size = grids[0].size
-        compared, scores = (
-            torch.stack(same) for same in zip(*(grid[1:] for grid in grids), strict=True)
-        )
+        compared = torch.stack([grid.patches for grid in grids])
+        scores = torch.stack([grid.scores for grid in grids])
+        heard = [grid.attention for grid in grids if grid.attention is not None]
+        attention = torch.stack(heard) if heard else None
         near = patches.affinity(compared, scores, walking, attention)  # (B, N, N)
         read_planes = [torch.from_numpy(read(item, size)).to(here.device) for item in batch]
         planes = pad_sequence(read_planes, batch_first=True)  # (B, M, h, w)
@@ -250,12 +251,15 @@ def _sized(config: CamConfig, images: Tensor) -> CamConfig:
     return replace(config, sides=(min(longer, int(most)),), stages=1)
 
 
-def _cached(cached: Features, batch: Sequence[Item], _: Tensor) -> Iterator[_Grid]:
+def _cached(
+    cached: Features, config: CamConfig, batch: Sequence[Item], _: Tensor
+) -> Iterator[_Grid]:
     for item in batch:
         maps = cached.tensor(item)
         patches = cached.network.standardise(maps.flatten(1).T)
         scores = cached.network.label_scores(patches)
-        yield _Grid((maps.shape[1], maps.shape[2]), patches, scores)
+        attention = cached.attention(item) if config.affinity == "attention" else None
+        yield _Grid((maps.shape[1], maps.shape[2]), patches, scores, attention)
 
 
 def _computed(here: Here, network: FrozenNetwork, config: CamConfig) -> _Describe:
@@ -267,13 +271,18 @@ def _computed(here: Here, network: FrozenNetwork, config: CamConfig) -> _Describ
     )
 
     def describe(_: Sequence[Item], images: Tensor) -> Iterator[_Grid]:
+        sized, attention = _sized(config, images), None
         with devices.autocast(here.precision, here.device):
-            found = frozen.features(prepared, _sized(config, images), images)
-        for maps in found:
+            if config.affinity == "attention":
+                found, attention = frozen.features_with_attention(prepared, sized, images)
+            else:
+                found = frozen.features(prepared, sized, images)
+        for number, maps in enumerate(found):
             patches = maps.flatten(1).T
             # Features behind a ReLU all point the same way: what they have in common tells nothing.
             apart = patches - patches.mean(0)
-            yield _Grid((maps.shape[1], maps.shape[2]), apart, network.label_scores(patches))
+            size, scores = (maps.shape[1], maps.shape[2]), network.label_scores(patches)
+            yield _Grid(size, apart, scores, None if attention is None else attention[number])
 
     return describe
 

@@ -5,6 +5,7 @@ along affinities of all patches that `train_cam`'s encoder gives without trainin
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def run(params: RandomWalk, root: Path) -> None:
         devices.place(network, here.device)
         if params.affinity != "net":
             every = [item for items in chosen.values() for item in items]
-            network = features.ready(here, network, config, every)
+            walking = replace(config, affinity=params.affinity)
+            network = features.ready(here, network, walking, every)
         figures: dict[str, dict[str, float]] = {}
         confusions: dict[str, Confusions] = {}
         for split, parts in counts.parts(chosen, counts.members(data.splits)).items():

@@ -65,14 +65,24 @@ def run(params: TrainAffinity, root: Path) -> None:
             here.log_epoch(epochs)
         common.save(here.resume / "models/model.safetensors", network, config)
         here.publish({"models": "models/train_affinity", "labels": "data/affinity_labels"})
+        supervision = _supervision(params)
+        here.tracked.tag("supervision", supervision)
         about = {
             "encoder": params.encoder,
+            "supervision": supervision,
             "weights_md5": here.hashes.get("weights"),
             "precision": here.precision,
             "images": len(items),
             **figures,
         }
         here.report(partial(_report, about, epochs), partial(_show, items, params))
+
+
+def _supervision(params: TrainAffinity) -> str:
+    """Name what the encoder's first weights have learned from, besides images."""
+    if params.weights == "train_cam":
+        return "as train_cam"
+    return encoder.supervision(params.encoder, params.weights)
 
 
 def _skip(params: TrainAffinity, root: Path) -> None:

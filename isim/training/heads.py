@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,9 +26,8 @@ Config = TypeVar("Config")
 
 # Bytes of features that are in memory at once, as float16.
 BUDGET = 2 << 30
-# Images of a step of pooling mil, and the share of patches whose mean is a tag's score.
+# Images of a step of pooling mil.
 MIL_BATCH = 64
-MIL_SHARE = 0.1
 # Steps over which AdamW's rate rises; it falls to 0 afterwards.
 RISE = 10
 
@@ -66,13 +66,22 @@ class Patches:
             if self._share < 1:
                 some = draws.choice(count, math.ceil(self._share * count), replace=False)
                 chosen = np.sort(some)
-            held.append(self._patches(number)[chosen])
+            held.append(self.of_image(number)[chosen])
             places.append(chosen)
         return torch.from_numpy(np.concatenate(held)).to(self.device), places
 
-    def _patches(self, number: int) -> np.ndarray:
+    def of_image(self, number: int) -> np.ndarray:
+        """Read all patches (N, C) float16 of image number `number`."""
         maps = self._maps(self.items[number])
         return np.ascontiguousarray(maps.reshape(len(maps), -1).T)
+
+    def held_of(self, number: int) -> Tensor:
+        """Patches (N, C) float16 of image number `number` that are held in memory."""
+        return self.held[0][self._starts[number] : self._starts[number + 1]]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate(map(len, self.held[1]), initial=0))
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and deviation (C,) of the features over all patches, and each image's mean (B, C).
@@ -81,7 +90,7 @@ class Patches:
         """
         images, squares, count = [], 0.0, 0
         for number in progress.track(range(len(self.items)), "means of the features"):
-            patches = self._patches(number).astype(np.float32)
+            patches = self.of_image(number).astype(np.float32)
             images.append(patches.mean(0, dtype=np.float64))
             squares = squares + (patches**2).sum(0, dtype=np.float64)
             count += len(patches)
@@ -136,18 +145,20 @@ def train_classifier(
         _descend(optimizer, loss, "rate of the classifier")
     with torch.no_grad():
         logits = network.class_scores(standard)
+        if pooling == "mil":
+            numbers = progress.track(range(len(patches.items)), "classification")
+            read = (torch.from_numpy(patches.of_image(number)) for number in numbers)
+            each = (network.standardise(some.to(patches.device)) for some in read)
+            logits = torch.stack([network.logits(some, pooling) for some in each])
     return float(loss.detach()), logits
 
 
 def _mil_loss(network: FrozenNetwork, patches: Patches, labels: Tensor) -> Tensor:
-    features, places = patches.held
-    starts = np.concatenate([[0], np.cumsum([len(some) for some in places])])
-    chosen = torch.randperm(len(places))[:MIL_BATCH].tolist()
+    chosen = torch.randperm(len(patches.items))[:MIL_BATCH].tolist()
     total = torch.zeros((), device=patches.device)
     for number in chosen:
-        rows = features[starts[number] : starts[number + 1]]
-        scores = network.class_scores(network.standardise(rows))  # (N, K)
-        highest = scores.topk(max(1, round(MIL_SHARE * len(scores))), dim=0).values.mean(0)
+        rows = network.standardise(patches.held_of(number))
+        highest, scores = network.logits(rows, "mil"), network.class_scores(rows)
         terms = torch.where(labels[number] > 0, F.softplus(-highest), F.softplus(scores).mean(0))
         total = total + terms.mean()
     return total / len(chosen)

@@ -153,7 +153,7 @@ def test_cams_are_linear_in_the_last_stage_s_features(alone):
     mixed = alone.class_scores(2 * one - 3 * two)
     torch.testing.assert_close(mixed, 2 * alone.class_scores(one) - 3 * alone.class_scores(two))
     # Their mean is the image's logits.
-    torch.testing.assert_close(alone.logits(one), alone.class_scores(one.mean(0)[None])[0])
+    torch.testing.assert_close(alone.logits(one, "gap"), alone.class_scores(one.mean(0)[None])[0])
     changed = torch.cat([torch.rand(7, CHANNELS[0]), one[:, CHANNELS[0] :]], 1)
     assert torch.equal(alone.class_scores(changed), alone.class_scores(one))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.images import opened
 from support.networks import config_of, frozen_network_of
+from support.vits import shrink
 
 from isim.errors import UserError
 from isim.models import frozen
@@ -85,6 +86,35 @@ def test_they_are_found_again_by_content(prepare, items, read_ids, tmp_path, cap
     assert counts == [("7", "7"), ("8", "0"), ("7", "0")]
 
 
+def test_attention_is_kept_beside_them(prepare, items, read_ids, monkeypatch):
+    shrink(monkeypatch)
+    changes = {"encoder": "test_vit", "sides": (64, 48), "stages": 1, "affinity": "attention"}
+    network = frozen_network_of(**changes)
+    without = prepare(network=network, **changes | {"affinity": "cosine"})
+    maps = {item.id: without.of(item).copy() for item in items}
+    assert len(contents(without)) == 7
+    read_ids.clear()
+    made = prepare(network=network, **changes)
+    assert made.folder == without.folder and len(contents(made)) == 14
+    assert sorted(read_ids) == EVERY
+    config = config_of("frozen", **changes)
+    for item in items:
+        expected = frozen.attention(network.encoder, config, opened(item)[1])[0]
+        np.testing.assert_allclose(made.attention(item), expected, rtol=0, atol=1e-3)
+        assert np.array_equal(made.of(item), maps[item.id])
+        given = (made.tensor(item), torch.from_numpy(item.class_ids), config)
+        if len(item.class_ids):
+            planes = network.planes(*given, made.attention(item))
+            assert torch.equal(made.planes(config, item), planes)
+    read_ids.clear()
+    prepare(network=network, **changes)
+    assert read_ids == []
+    path = made._files(items[0])[1]
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=f"^{path} is gone or damaged; delete it"):
+        made.attention(items[0])
+
+
 def test_equal_images_are_computed_once(prepare, items, read_ids):
     made = prepare([*items, *(replace(item, id=f"again{item.id}") for item in items)])
     assert len(read_ids) == 7 == len(contents(made))
@@ -144,7 +174,7 @@ def test_what_is_deleted_is_computed_again_and_what_is_damaged_told(prepare, ite
     gone.unlink()
     read_ids.clear()
     assert contents(prepare()) == expected and len(read_ids) == 1
-    damaged = next(item for item in items if made._file(item) == half)
+    damaged = next(item for item in items if made._files(item) == [half])
     for bytes_ in (b"", expected[half.name][:-7], expected[half.name][:60], b"nothing"):
         half.write_bytes(bytes_)
         with pytest.raises(UserError, match=f"^{half} is gone or damaged; delete it") as caught:

@@ -1,6 +1,7 @@
 """Random walks: label maps of the dense power, before and after dCRF."""
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -178,7 +179,8 @@ def test_dense_walks_are_those_of_the_equations(
     monkeypatch.setattr(walk, "label_map", label_map)
     options = {"params": params, "cams": Stored(stored), "num_labels": 4}
     here = Here(tmp_path, "fp32")
-    source = features.ready(here, network, config, whole)
+    walking = replace(config, affinity=affinity)
+    source = features.ready(here, network, walking, whole)
     lines = walks.walk_dense(here, source, config, whole, **options).lines
     for item in whole:
         pixels = opened(item)[1]

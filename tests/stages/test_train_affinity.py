@@ -20,7 +20,7 @@ def test_a_network_labels_and_a_row_an_epoch_are_left(finished_project):
     last = {name: float(value) for name, value in rows[-1].items() if name.endswith("loss")}
     assert last.items() <= report.items() and len(last) == 4
     assert 0 < report["sure_share"] < 1 and 0 < report["sure_accuracy"] <= 1
-    assert report["images"] == 16
+    assert report["images"] == 16 and report["supervision"] == "none (random)"
 
 
 def test_training_on_good_cams_lowers_the_loss(run, finished, recorder):
