@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STORE := from pathlib import Path; from isim.reporting import store; \
   uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
 
-.PHONY: demo demo-evidence test lint ui bench docs database
+.PHONY: demo demo-evidence test lint ui bench torture docs database
 
 demo: database
 	dvc repro
@@ -41,6 +41,10 @@ database: $(INSTALLED)
 
 bench: $(INSTALLED)
 	python benchmarks/all.py
+
+# Outside the suite: twenty kills at random moments take about ten minutes.
+torture: $(INSTALLED)
+	python benchmarks/torture.py
 
 # Needs no network, and the site none either: site/index.html.
 docs: $(INSTALLED)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 import typer
 
 from isim.errors import UserError
+from isim.runtime.ending import watch_signals
 
 app = typer.Typer(
     help="ISIM: from image-level tags to segmentation pseudo-labels. `dvc repro` runs the stages "
@@ -428,6 +429,7 @@ def main() -> None:
     # Without this a terminated run would skip its context managers: MLflow would show it as
     # running for ever, and loader processes would outlive it.
     signal.signal(signal.SIGTERM, _terminate)
+    watch_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files are of any script, whatever a terminal can show.

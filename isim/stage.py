@@ -1,13 +1,14 @@
 """Beginning and end of every stage, said once.
 
 A stage that is opened holds its lock, knows what its result depends on, works in a resume folder
-of its own, and has an MLflow run; it publishes its outs when they are complete. `start` runs a
-stage by its word, in as many processes as the environment asks for.
+of its own, and has an MLflow run; outs and reports come to their places together at its end.
+`start` runs a stage by its word, in as many processes as the environment asks for.
 """
 
 import contextlib
 import gc
 import importlib
+import logging
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from isim.reporting import pictures, tracking
 from isim.runtime import (
     atomic,
     checkpoint,
+    finished,
     identity,
     kernels,
     launcher,
@@ -36,6 +38,15 @@ from isim.runtime import (
 from isim.runtime.here import Here
 from isim.runtime.paths import home
 
+logger = logging.getLogger(__name__)
+# Folder of the reports in the resume folder.
+_REPORTS = "reports"
+_PICTURES = "pictures"
+
+
+class Published(Exception):
+    """Outs of an earlier run of this identity were published again: nothing is left to do."""
+
 
 @dataclass
 class Stage(Here):
@@ -44,45 +55,57 @@ class Stage(Here):
     Attributes:
         tracked: Its MLflow run; in all processes but the first one that records nothing.
         root: Project folder.
-        reports: Folder of its reports.
+        reports: Folder that its reports are written to; their place is `reports/<stage>`.
         hashes: md5 of each input, by name.
+        held: Files outside of the resume folder that are deleted when the result is recorded.
+        keeps: Whether the outs are kept until DVC has recorded them.
     """
 
     tracked: tracking.Run = field(default_factory=tracking.NoRun)
     root: Path = Path()
     reports: Path = Path()
     hashes: Mapping[str, str] = field(default_factory=dict)
+    held: list[Path] = field(default_factory=list)
+    keeps: bool = True
+    _outs: dict[str, str] = field(default_factory=dict)
+    _models: dict[str, str] = field(default_factory=dict)
 
     def publish(self, outs: Mapping[str, str]) -> None:
-        """Put folders of the resume folder in their places in the project, replacing what is there.
+        """Name files and folders of the resume folder, and what they replace in the project.
 
-        Raises UserError when a folder cannot be written.
+        They come there, with the reports, when the stage has ended well: all together, or none.
         """
-        processes.barrier()
-        if processes.is_main():
-            for made, out in outs.items():
-                with (
-                    atomic.atomic_directory(self.root / out) as building,
-                    progress.task(f"copies {out}", unit="file") as copied,
-                ):
+        self._outs |= {out: made for made, out in outs.items()}
 
-                    def copy(source: str, target: str, copied: progress.Task = copied) -> None:
-                        shutil.copy2(source, target)
-                        copied.add()
-
-                    source = self.resume / made
-                    shutil.copytree(source, building, copy_function=copy, dirs_exist_ok=True)
+    def register(self, name: str, model: str) -> None:
+        """Point MLflow's registry at a file below the project folder, once it is published."""
+        self._models[name] = model
 
     def report(self, *writes: Callable[["Stage"], None]) -> None:
         """Call functions with this stage, once: in the first process, when all have come here.
 
-        The pictures of an earlier run are gone then.
+        Files of an interrupted run are gone then.
         """
         processes.barrier()
         if processes.is_main():
-            shutil.rmtree(self.reports / "pictures", ignore_errors=True)
+            shutil.rmtree(self.reports, ignore_errors=True)
             for write in writes:
                 write(self)
+
+    @contextlib.contextmanager
+    def drawing(self, name: str) -> Iterator[Path]:
+        """Yield the path of the picture `name`; a failure inside the block is one warning.
+
+        Figures, tables and outs are published all the same.
+        """
+        path = self.reports / _PICTURES / name
+        # DVC wants the folder, whether there is anything in it or not.
+        atomic.make_directory(self.reports / _PICTURES)
+        try:
+            yield path
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            logger.warning(f"{self.name}: picture {name} is left out: {reason}")
 
     def table(
         self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
@@ -105,16 +128,16 @@ class Stage(Here):
         """Write strips of `count` images a split to the reports, and to MLflow as squares.
 
         The name of a split is "" where there is but one. `results` gives captions and files of a
-        split's image, as `pictures.strip` takes them. Raises UserError when a file is missing or
-        unreadable, or a strip cannot be written.
+        split's image, as `pictures.strip` takes them.
         """
+        atomic.make_directory(self.reports / _PICTURES)
         for split, items in splits.items():
             for item in pictures.choose(items, count):
-                found = results(split, item)
-                path = self.reports / "pictures" / split / f"{item.id}.png"
-                pictures.write_png(path, pictures.strip(item, found))
-                square = pictures.strip(item, found, columns=2)
-                self.tracked.image(f"{split or 'pictures'}/{item.id}", square, step=0)
+                with self.drawing(f"{split}/{item.id}.png".lstrip("/")) as path:
+                    found = results(split, item)
+                    pictures.write_png(path, pictures.strip(item, found))
+                    square = pictures.strip(item, found, columns=2)
+                    self.tracked.image(f"{split or 'pictures'}/{item.id}", square, step=0)
 
     def log(self, name: str, figures: Mapping[str, float], step: int | None = None) -> None:
         """Record figures in MLflow, each after `<name>_` if there is a name."""
@@ -130,17 +153,32 @@ class Stage(Here):
         row = {name: value for name, value in rows[-1].items() if name != "epoch"}
         self.tracked.metrics(row, step=len(rows))
 
+    def _finished(self, place: str) -> finished.Finished:
+        """Collect all outs; `place` is that of the reports, below the project folder."""
+        written = {path.name for path in self.reports.glob("*")}
+        outs = self._outs | {f"{place}/{name}": f"{_REPORTS}/{name}" for name in sorted(written)}
+        # Those of an earlier run.
+        gone = [] if _PICTURES in written else [f"{place}/{_PICTURES}"]
+        return finished.Finished(str(self.root.resolve()), outs, gone, [str(p) for p in self.held])
+
 
 @contextlib.contextmanager
 def opened(
-    word: str, params: BaseModel, root: Path, *, reads: Mapping[str, Path], label_set: str = ""
+    word: str,
+    params: BaseModel,
+    root: Path,
+    *,
+    reads: Mapping[str, Path],
+    label_set: str = "",
+    state: str = "",
 ) -> Iterator[Stage]:
-    """Open a stage: identity, resume folder, MLflow run.
+    """Open a stage: identity, resume folder, MLflow run; at the end publish its outs and reports.
 
     An interrupted run of the same identity goes on in its resume folder. After the block the folder
-    is removed, unless the block failed. Raises UserError when images are not those that were
-    prepared, the hosts of this run differ, the tracking store cannot be reached, or a folder cannot
-    be written.
+    is removed, unless the block failed; under DVC what was published is kept until DVC has recorded
+    it (`runtime.finished`). Raises Published when such outs were published again, and UserError
+    when images are not those that were prepared, the hosts of this run differ, the tracking store
+    cannot be reached, or a folder cannot be written.
 
     Args:
         word: The stage's word.
@@ -148,6 +186,7 @@ def opened(
         root: Project folder.
         reads: Name -> file or folder that the result depends on; what does not exist is left out.
         label_set: Name of one, where the stage runs once for each.
+        state: What the result depends on beside these.
     """
     if prepared.FOLDER in reads:
         _require_unchanged(root)
@@ -158,11 +197,13 @@ def opened(
         getattr(params, "precision", "fp32"),
         " ".join(words),
         root=root,
-        reports=root.joinpath("reports", *words),
         hashes=_hashes(reads),
     )
-    key = _identity(here, words, params)
-    here.resume = checkpoint.resume_folder(base.joinpath("resume", *words), key)
+    key, place = _identity(here, words, params, state), "/".join(("reports", *words))
+    runs = base.joinpath("resume", *words)
+    _publish_again(runs, key, root)
+    here.resume = checkpoint.resume_folder(runs, key)
+    here.reports = here.resume / _REPORTS
     inputs = {name: (reads[name], md5) for name, md5 in here.hashes.items()}
     run = tracking.stage_run(word, params, root, inputs=inputs, identity=key, label_set=label_set)
     with contextlib.ExitStack() as stack:
@@ -172,7 +213,42 @@ def opened(
             here.tracked.tag("precision", here.precision)
             here.tracked.tag("device", str(here.device))
         yield here
-    checkpoint.remove(here.resume)
+        processes.barrier()
+        if processes.is_main():
+            done = here._finished(place)
+            done.publish(here.resume)
+            for name, model in here._models.items():
+                here.tracked.register_model(name, root / model)
+    if processes.is_main():
+        if finished.under_dvc() and here.keeps:
+            done.settle(here.resume)
+        else:
+            done.remove(here.resume)
+    processes.barrier()
+
+
+def _publish_again(runs: Path, key: str, root: Path) -> None:
+    """Publish what an earlier run of this identity has made, if DVC has not recorded that.
+
+    Raises Published then, in all processes. States of other runs are removed.
+    """
+    again = False
+    if processes.is_main():
+        finished.drop_others(runs, key)
+        state = finished.Finished.read(runs / key)
+        if state is not None and not state.settled:
+            finished.unmark(runs / key)
+        elif state is not None and state.is_whole(runs / key):
+            # That of another copy of the project is as good.
+            state.root = str(root.resolve())
+            state.publish(runs / key)
+            if finished.under_dvc():
+                state.settle(runs / key)
+            again = True
+        elif state is not None:
+            state.remove(runs / key)
+    if processes.broadcast(again):
+        raise Published
 
 
 def _require_unchanged(root: Path) -> None:
@@ -195,7 +271,7 @@ def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:
     return processes.broadcast(found)
 
 
-def _identity(here: Stage, words: tuple[str, ...], params: BaseModel) -> str:
+def _identity(here: Stage, words: tuple[str, ...], params: BaseModel, state: str) -> str:
     """Digest what the result depends on: parameters, inputs, code, and what computes it."""
     # Numbers of threads and processes change the last bits alone: a run may go on with others.
     machine = here.machine if hasattr(params, "precision") else kernels.crf_backend()
@@ -206,7 +282,8 @@ def _identity(here: Stage, words: tuple[str, ...], params: BaseModel) -> str:
             "the hosts of this run differ in parameters, code, torch or kind of device; bring them "
             "to the same state (one virtual environment in the shared folder does)"
         )
-    return identity.digest({"inputs": dict(here.hashes), "own": own})
+    inputs = dict(here.hashes) | ({"state": state} if state else {})
+    return identity.digest({"inputs": inputs, "own": own})
 
 
 @contextlib.contextmanager
@@ -251,7 +328,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
     Raises UserError as the stage; a wrong parameter is told before the stage is imported.
     """
     told = progress.watched(" ".join((word, *arguments)))
-    with processes.started(home(root) / ".isim"), told:
+    base = home(root) / ".isim"
+    with processes.started(base), told:
         params = load(root / "params.yaml")
         for name in arguments:
             require_label_set(params, name)
@@ -260,11 +338,39 @@ def start(word: str, root: Path, *arguments: str) -> None:
         # A wrong one is told at once, not by the first dCRF after hours.
         kernels.crf_backend()
         # What the stage reads is then what its identity is made of.
-        with alone("-".join((word, *arguments)), home(root) / ".isim"):
+        with alone("-".join((word, *arguments)), base):
+            if processes.is_main():
+                _look_after(base, root, (word, *arguments))
             with memory.uncollected(), progress.task("loads its libraries"):
                 stage: Any = importlib.import_module(f"isim.stages.{word}")
             gc.freeze()
-            stage.run(getattr(params, word), *arguments, root)
+            try:
+                stage.run(getattr(params, word), *arguments, root)
+            except Published:
+                progress.tell(
+                    f"{' '.join((word, *arguments))}: an earlier run has computed all, and DVC has "
+                    "not recorded it: published again"
+                )
+
+
+def _look_after(base: Path, root: Path, own: tuple[str, ...]) -> None:
+    """Finish or drop what other runs of stages have left behind; nobody touches it meanwhile."""
+    from filelock import FileLock, Timeout
+
+    resume = base / "resume"
+    with contextlib.ExitStack() as stack:
+
+        def lock(runs: Path) -> bool:
+            words = runs.relative_to(resume).parts
+            if words == own:
+                return True
+            try:
+                stack.enter_context(FileLock(base / f"{'-'.join(words)}.lock", timeout=0))
+            except (Timeout, OSError):
+                return False
+            return True
+
+        finished.look_after(resume, root, lock)
 
 
 def require_label_set(params: Params, name: str) -> None:

@@ -1,7 +1,10 @@
 """What every stage does first and last: lock, identity, resume folder, outs, reports."""
 
+import os
+import shutil
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,9 +129,191 @@ def test_outs_replace_what_was_there_and_reports_are_written_once(opened, tmp_pa
         (here.resume / "cams/a.npz").touch()
         here.publish({"cams": "data/cams"})
         here.report(calls.append, calls.append)
-    assert calls == [here, here] and here.reports == tmp_path / "reports/evaluate"
+    assert calls == [here, here]
     assert not any(path.exists() for path in old)
     assert (tmp_path / "data/cams/a.npz").exists()
+
+
+def files(folder):
+    """Contents of all files below a folder, by name."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def project_of(root):
+    """Contents of all files of a project but for its own state."""
+    return {name: data for name, data in files(root).items() if not name.startswith(".isim")}
+
+
+@pytest.fixture
+def make(opened):
+    """A function that runs a stage with outs, reports and a picture; it counts its runs."""
+    ran = []
+
+    def run(content="new", **given):
+        with opened(**given) as here:
+            ran.append(content)
+            for name in ("cams/a/b", "model", "scratch"):
+                path = here.resume / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{content} {name}")
+            here.publish({"cams": "data/cams", "model": "models/model"})
+            with here.drawing("curve.png") as path:
+                path.write_text(content)
+            here.table("rows", [{"a": content}])
+        return here
+
+    run.ran = ran
+    return run
+
+
+OUTS = {
+    "data/cams/a/b": b"new cams/a/b",
+    "models/model": b"new model",
+    "reports/evaluate/pictures/curve.png": b"new",
+    "reports/evaluate/rows.csv": b"a\nnew\n",
+}
+
+
+@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("stands", [False, True])
+def test_a_kill_between_two_renames_is_finished_by_the_next_start_of_any_stage(
+    make, opened, tmp_path, monkeypatch, moment, stands
+):
+    """Old and new outs never stay mixed, also where another run, or none of it, comes next."""
+    if stands:
+        make("old")
+    old, renames = project_of(tmp_path), []
+
+    def dying(self, target, replace=Path.replace):
+        if ".isim" not in self.parts:
+            renames.append(target)
+            if len(renames) > moment:
+                os._exit(9)
+        return replace(self, target)
+
+    if (child := os.fork()) == 0:
+        try:
+            monkeypatch.setattr(Path, "replace", dying)
+            make()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if moment >= len(OUTS) * (1 + stands) else 9)
+    monkeypatch.undo()
+    stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+    assert project_of(tmp_path) == OUTS != old
+
+
+def test_a_failure_between_two_renames_leaves_what_stood(make, tmp_path, monkeypatch):
+    make("old")
+    old = project_of(tmp_path)
+
+    def full(self, target, replace=Path.replace):
+        if self.name == ".tmp-model":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*models/model: No space left"):
+        make()
+    assert project_of(tmp_path) == old
+    monkeypatch.undo()
+    stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+    assert project_of(tmp_path) == old
+
+
+@pytest.fixture
+def dvc(tmp_path, monkeypatch):
+    """Lets stages run under DVC; a function that records outs as DVC does."""
+    monkeypatch.setenv("DVC_STAGE", "evaluate")
+
+    def record(*, params="a"):
+        outs = ["data/cams", "models/model", "reports/evaluate/rows.csv"]
+        rows = "".join(f"    - path: {o}\n      md5: {identity.md5(tmp_path / o)}\n" for o in outs)
+        text = f"stages:\n  evaluate:\n    params:\n      p: {params}\n    outs:\n{rows}"
+        (tmp_path / "dvc.lock").write_text(text)
+
+    return record
+
+
+def test_what_dvc_has_not_recorded_is_published_again(make, dvc, tmp_path):
+    """DVC deletes outs before it runs a stage."""
+    make()
+    (folder,) = (tmp_path / ".isim/resume/evaluate").iterdir()
+    assert not (folder / "scratch").exists()
+    for _ in range(2):
+        for name in ("data", "models", "reports"):
+            shutil.rmtree(tmp_path / name)
+        stage._look_after(tmp_path / ".isim", tmp_path, ("evaluate",))
+        with pytest.raises(stage.Published):
+            make()
+        assert project_of(tmp_path) == OUTS and make.ran == ["new"]
+    # By hand, too; and DVC may still come.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DVC_STAGE")
+        with pytest.raises(stage.Published):
+            make()
+    dvc()
+    stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+    assert not (tmp_path / ".isim/resume/evaluate").exists()
+    make()
+    assert make.ran == ["new", "new"]
+
+
+def test_equal_outs_of_an_earlier_record_are_no_record_of_this_run(make, dvc, tmp_path):
+    """Other code or parameters gave the same files."""
+    make()
+    dvc()
+    stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+    make()
+    stage._look_after(tmp_path / ".isim", tmp_path, ("evaluate",))
+    with pytest.raises(stage.Published):
+        make()
+    dvc(params="b")
+    stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+    assert not (tmp_path / ".isim/resume/evaluate").exists()
+
+
+def test_another_run_and_a_changed_copy_are_not_published_again(make, dvc, tiny, tmp_path):
+    make()
+    make("other", params=changed(tiny.evaluate, threshold=0.25))
+    assert len(list((tmp_path / ".isim/resume/evaluate").iterdir())) == 1
+    make()
+    # An out that somebody wrote into: the file is the same.
+    (tmp_path / "data/cams/a/b").write_text("mine")
+    make()
+    assert make.ran == ["new", "other", "new", "new"]
+    with pytest.raises(stage.Published):
+        make()
+    assert project_of(tmp_path) == OUTS
+
+
+def test_a_run_that_is_under_way_is_left_alone(make, dvc, tmp_path):
+    make()
+    dvc()
+    with FileLock(tmp_path / ".isim/evaluate.lock"):
+        stage._look_after(tmp_path / ".isim", tmp_path, ("masks",))
+        assert (tmp_path / ".isim/resume/evaluate").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), MemoryError(), ValueError("odd\nname")]
+)
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(opened, tmp_path, caplog, error):
+    with opened() as here:
+        for name in ("a.png", "b.png"):
+            with here.drawing(name) as path:
+                path.write_text("picture")
+                if name == "a.png":
+                    path.unlink()
+                    raise error
+        here.table("rows", [{"a": 1}])
+    found = {path.name for path in (tmp_path / "reports/evaluate").rglob("*")}
+    assert found == {"pictures", "b.png", "rows.csv"}
+    (line,) = caplog.messages
+    assert line.startswith("evaluate: picture a.png is left out: ") and "\n" not in line
 
 
 def test_other_processes_publish_and_report_nothing(opened, second_process, tmp_path):
@@ -161,7 +346,7 @@ def test_a_place_that_cannot_be_written_is_named_and_what_is_done_stays(blocked,
     assert run() == (path.parent.name != ".isim" and blocked != ".isim")
 
 
-def test_mlflow_is_told_the_device_figures_and_tables(opened, recorder, tiny):
+def test_mlflow_is_told_the_device_figures_and_tables(opened, recorder, tmp_path, tiny):
     rows, told = [{"class": "a", "iou": 0.5}, {"class": "b", "iou": 1.0}], []
     recorder.table = recorder.tag = lambda *given: told.append(given)
     with opened() as here:
@@ -170,7 +355,7 @@ def test_mlflow_is_told_the_device_figures_and_tables(opened, recorder, tiny):
         here.log("", {"miou": 0.25}, step=2)
         here.log_epoch([{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}])
         here.table("per_class", rows)
-    written = read_rows(here.reports / "per_class.csv")
+    written = read_rows(tmp_path / "reports/evaluate/per_class.csv")
     assert written == [{"class": "a", "iou": "0.5"}, {"class": "b", "iou": "1.0"}]
     assert recorder.figures == {("val_miou", None): 0.5, ("miou", 2): 0.25, ("loss", 2): 0.5}
     with opened(changed(tiny.export_cams, precision="bf16"), label_set="seeds") as here:
@@ -190,7 +375,7 @@ def test_some_images_are_shown_as_strips_and_squares(opened, recorder, tmp_path)
 
     with opened() as here:
         here.show({"val": items, "": items[:1]}, 2, results)
-    folder = here.reports / "pictures"
+    folder = tmp_path / "reports/evaluate/pictures"
     strips = {p.relative_to(folder).as_posix(): Image.open(p).size for p in folder.rglob("*.png")}
     # Image, ground truth and the result: in one row, or in two rows of two.
     height, width, _ = pictures.strip(items[0], results("", items[0])).shape

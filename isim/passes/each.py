@@ -106,6 +106,8 @@ def _known(journal: Journal, outs: Mapping[Path, str]) -> dict[str, Line]:
     if processes.is_main():
         lines = journal.read()
         for folder, suffix in outs.items():
-            there = {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}")}
+            # A loss of power can leave a name without its contents.
+            whole = (path for path in folder.rglob(f"*{suffix}") if path.stat().st_size)
+            there = {path.relative_to(folder).as_posix() for path in whole}
             lines = {id_: line for id_, line in lines.items() if f"{id_}{suffix}" in there}
     return processes.broadcast(lines)

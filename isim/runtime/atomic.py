@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import ctypes
+import errno
 import io
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +18,12 @@ from isim.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` when the block succeeds.
 
     It has the suffix of `path`, whose folder is created when missing. After an error nothing is
-    left behind. Raises UserError when `path` is a folder, its folder cannot be written or the disk
+    left behind. A `durable` file is the old or the new one after a loss of power, too; that takes
+    milliseconds. Raises UserError when `path` is a folder, its folder cannot be written or the disk
     is full.
     """
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
@@ -28,9 +32,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise IsADirectoryError
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        # Whatever the umask is: outs are shared through caches and remotes.
-        temporary.chmod(0o644)
+        if durable:
+            sync_one(temporary)
         temporary.replace(path)
+        if durable:
+            sync_one(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -45,19 +51,57 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Its parent is created when missing. After an error nothing is left behind. Raises UserError
     when the folder cannot be written or the disk is full.
     """
-    building = path.with_name(f".tmp-{path.name}")
+    building, old = (path.with_name(f".{word}-{path.name}") for word in ("tmp", "old"))
     try:
         # A killed process leaves its folder behind: same name, so that it is cleared here.
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         yield building
+        require_folder(path)
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            # What cannot be deleted whole must not stand as a part.
+            path.rename(old)
         building.replace(path)
     except OSError as error:  # also shutil.Error
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise unwritable(path, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_folder(path: Path) -> None:
+    """Check that a folder may come to `path`. Raises OSError for a link or a file there."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        what = "a link" if path.is_symlink() else "a file"
+        raise NotADirectoryError(errno.ENOTDIR, f"it is {what}, no folder; move it away")
+
+
+def sync_one(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; OSError passes."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync(path: Path) -> None:
+    """Wait until all that was written to the file system of `path` is on the disk.
+
+    Once for thousands of files; without glibc for all file systems.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "syncfs"):
+        os.sync()
+        return
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc.syncfs(number)
+    finally:
+        os.close(number)
 
 
 def make_directory(path: Path) -> None:
@@ -80,9 +124,9 @@ def unwritable(path: Path, error: OSError) -> UserError:
     )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write `data` to `path` atomically. Raises UserError as `atomic_path` does."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_bytes(data)
 
 

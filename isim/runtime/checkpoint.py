@@ -25,7 +25,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str
 
     if processes.is_main():
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        atomic.write_bytes(path, save(plain, metadata))
+        atomic.write_bytes(path, save(plain, metadata), durable=True)
 
 
 def save_state(
@@ -86,8 +86,11 @@ def resume_folder(base: Path, digest: str) -> Path:
             _remove(folder)
         atomic.make_directory(folder)
         # Else half a file could be published.
-        for leftover in folder.rglob(".tmp-*"):
-            leftover.unlink(missing_ok=True)
+        for leftover in [*folder.rglob(".tmp-*"), *folder.rglob(".old-*")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
     processes.barrier()
     return folder
 
@@ -99,9 +102,9 @@ def pin(kept: Path, key: str) -> Path | None:
     there was nothing. `unpin` ends that. The copy of the latest of the other interrupted runs
     stays, as its folder does (`resume_folder`). Raises UserError when it cannot be written.
     """
-    copy = _pinned(kept, key)
+    copy = pinned(kept, key)
     if processes.is_main():
-        others = [path for path in kept.parent.glob(_pinned(kept, "*").name) if path != copy]
+        others = [path for path in kept.parent.glob(pinned(kept, "*").name) if path != copy]
         for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
             path.unlink()
         if not copy.exists():
@@ -118,10 +121,11 @@ def unpin(kept: Path, key: str) -> None:
     """Remove the copy that a run began with: it has ended."""
     processes.barrier()
     if processes.is_main():
-        _pinned(kept, key).unlink(missing_ok=True)
+        pinned(kept, key).unlink(missing_ok=True)
 
 
-def _pinned(kept: Path, key: str) -> Path:
+def pinned(kept: Path, key: str) -> Path:
+    """Return the path of the copy that the run `key` goes on with."""
     return kept.with_name(f"began-{key}{kept.suffix}")
 
 
@@ -133,9 +137,14 @@ def remove(folder: Path) -> None:
     # Some process may still read there.
     processes.barrier()
     if processes.is_main():
-        _remove(folder)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder as `remove` does, whatever other processes do."""
+    _remove(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def _remove(folder: Path) -> None:

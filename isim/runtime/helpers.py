@@ -1,17 +1,21 @@
 """Helpers of a process: threads that map a function over a stream, and loader processes."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
 from isim.errors import UserError
-from isim.runtime import processes, progress
+from isim.runtime import ending, processes, progress
+
+# Seconds between two looks whether a signal has come.
+LOOK = 0.1
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -65,11 +69,18 @@ def in_threads(
         waiting = deque(pool.submit(function, value) for value in first)
         while waiting:
             # Before the next value, which can take long: what is finished is handed over at once.
-            yield waiting.popleft().result()
+            yield waiting[0].result()
+            waiting.popleft()
             waiting.extend(pool.submit(function, value) for value in islice(source, 1))
     finally:
         # Ctrl-C would otherwise wait for all of them.
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        under_way = [future for future in waiting if not future.cancelled()]
+        # What the function uses is closed after this; but a read may never return.
+        while wait(under_way, LOOK).not_done and not ending.begun():
+            pass
+        if not ending.begun():
+            pool.shutdown()
 
 
 @contextlib.contextmanager
@@ -97,6 +108,13 @@ def signals_held() -> Iterator[None]:
 
 
 def start_loader(_: int) -> None:
-    """Prepare a forked loader process: Ctrl-C is the parent's to handle, SIGTERM ends it."""
+    """Prepare a forked loader process: Ctrl-C is the parent's to handle, SIGTERM ends it.
+
+    It is killed when its parent is gone, also in a read that never returns.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    processes.end_with_parent(signal.SIGKILL)
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import shlex
+import stat
 import subprocess
 import warnings
 from pathlib import Path
@@ -21,6 +22,8 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
 )
+# Modes of a file that group or others can write.
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 CRF_BACKENDS = ("auto", "pydensecrf", "compiled", "torch")
 
 
@@ -33,18 +36,20 @@ def library(name: str) -> ctypes.CDLL:
     """Load `isim/labels/<name>/kernel.cpp`, compiling it if this machine has not done so yet.
 
     The library is kept below `$ISIM_CACHE`, else `$XDG_CACHE_HOME/isim` or `~/.cache/isim`, under
-    a digest of its source, the compiler and the processor. Several processes that need it at once
+    a digest of its source, the compiler and the processor, with its checksum beside it: one that
+    is not whole, or not this user's alone, is compiled anew. Several processes that need it at once
     compile it once. ctypes calls release the GIL: kernels run side by side in threads. Raises
-    Unavailable when there is no C++ compiler, or it fails, or no folder can be written.
+    Unavailable when there is no C++ compiler, or it fails, or no folder can be written, or others
+    can write there.
     """
     source = SOURCES / name / "kernel.cpp"
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     built = _cache() / f"{name}-{_digest(source, compiler)}.so"
     try:
-        if not built.exists():
-            built.parent.mkdir(parents=True, exist_ok=True)
+        _own(built.parent)
+        if not _is_sound(built):
             with FileLock(built.with_suffix(".lock")):
-                if not built.exists():
+                if not _is_sound(built):
                     _compile(compiler, source, built)
         return ctypes.CDLL(str(built))
     except (OSError, UserError) as error:
@@ -107,8 +112,41 @@ def _digest(source: Path, compiler: list[str]) -> str:
     return identity.sha256(source.read_bytes() + plan)[:16]
 
 
+def _own(folder: Path) -> None:
+    """Make the folder of kernels; what others can write is not loaded. OSError passes."""
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise Unavailable(
+            f"{folder} belongs to another user, who could put code there; set ISIM_CACHE"
+        )
+    if status.st_mode & _OTHERS:
+        # A generous umask has made it so.
+        folder.chmod(status.st_mode & 0o777 & ~_OTHERS)
+
+
+def _is_sound(built: Path) -> bool:
+    """Tell whether a kernel is what was compiled, and no other user can have put it there."""
+    try:
+        for path in (built, _checksum(built)):
+            status = path.lstat()
+            own = status.st_uid == os.geteuid() and not status.st_mode & _OTHERS
+            if not own or not stat.S_ISREG(status.st_mode):
+                return False
+        return _checksum(built).read_text(encoding="ascii") == identity.sha256(built.read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(built: Path) -> Path:
+    return built.with_suffix(".sha256")
+
+
 def _compile(compiler: list[str], source: Path, built: Path) -> None:
-    with atomic_path(built) as temporary:
+    for path in (_checksum(built), built):
+        # Maybe a link, or another user's.
+        path.unlink(missing_ok=True)
+    with atomic_path(built, durable=True) as temporary:
         done = subprocess.run(
             [*compiler, *FLAGS, str(source), "-o", str(temporary)],
             capture_output=True,
@@ -118,3 +156,8 @@ def _compile(compiler: list[str], source: Path, built: Path) -> None:
         if done.returncode:
             first = done.stderr.partition("\n")[0]
             raise Unavailable(f"{shlex.join(compiler)} cannot compile {source}: {first}")
+        temporary.chmod(0o700)
+        digest = identity.sha256(temporary.read_bytes())
+    with atomic_path(_checksum(built), durable=True) as temporary:
+        temporary.write_text(digest, encoding="ascii")
+        temporary.chmod(0o600)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from isim.errors import UserError
+from isim.runtime import ending
 from isim.runtime.processes import LOST
 
 
@@ -56,7 +57,8 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
     except SystemExit:
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
         raise UserError(f"ISIM_TORCHRUN: {reason}") from None
-    # This process does nothing else.
+    # It waits for its processes, and does nothing else.
+    ending.allow(3 * ending.GRACE)
     logging.disable(logging.CRITICAL)
     try:
         run(arguments)

@@ -93,7 +93,7 @@ def started(folder: Path) -> Iterator[None]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     group = _Group(*(int(os.environ[name]) for name in names))
     # A launcher that is killed must not leave its processes behind.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGINT, _interrupt)
     if not _threads_are_set():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // group.local_world))
@@ -117,6 +117,13 @@ def started(folder: Path) -> Iterator[None]:
         raise
     dist.destroy_process_group()
     _group = _Group()
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Let the system send this process a signal when its parent is gone; only Linux can."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def mine(things: Sequence[T]) -> Sequence[T]:

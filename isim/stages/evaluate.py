@@ -154,10 +154,11 @@ def _report(done: _Scores, names: Sequence[str], here: Stage) -> None:
     atomic.write_json(here.reports / "metrics.json", done.figures)
     here.tracked.headline(done.headline)
     here.table("per_class", counts.per_class(counted, names), counts.PER_CLASS)
-    atomic.make_directory(here.reports / "pictures")
-    plots.class_ious(names, counted, here.reports / "pictures/per_class.png")
+    with here.drawing("per_class.png") as path:
+        plots.class_ious(names, counted, path)
     for source, found in counted.items():
-        plots.confusion_heatmap(found, names, here.reports / f"pictures/confusion_{source}.png")
+        with here.drawing(f"confusion_{source}.png") as path:
+            plots.confusion_heatmap(found, names, path)
 
 
 def _show(scored: Mapping[str, Sequence[Item]], params: Evaluate, here: Stage) -> None:

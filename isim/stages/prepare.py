@@ -1,5 +1,6 @@
 """Stage 1: check the data source; write data/prepared."""
 
+import glob
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 
 from isim import stage
 from isim.data import prepared, problems
+from isim.data.formats.labels import AUTO
 from isim.data.problems import Problem
 from isim.data.sources import readers, review
 from isim.data.sources.source import Checked, Source, Treatment, examine
@@ -21,6 +23,8 @@ from isim.runtime.paths import home, resolve_path
 from isim.stage import Stage
 
 logger = logging.getLogger(__name__)
+# Folder of what is made, in the resume folder.
+_MADE = "prepared"
 
 
 def run(
@@ -32,14 +36,25 @@ def run(
         UserError: The source is missing or inconsistent (all problems are listed), a download
             failed or the disk cannot be written. `data/prepared` is then as it was.
     """
-    with stage.opened("prepare", params, root, reads={}) as here:
+    places = [] if params.source in readers.GENERATED else _places(params, root)
+    state = identity.of_times(places)
+    with stage.opened("prepare", params, root, reads={}, state=state) as here:
         # All of it is work for one process.
         here.report(partial(_prepare, params, keep))
+        # A download, or somebody else, may have changed the source meanwhile.
+        here.keeps = identity.of_times(places) == state
+
+
+def _places(params: Prepare, root: Path) -> list[Path]:
+    """List files and folders that the source is made of: labels may lie beside it, or elsewhere."""
+    folder = resolve_path(params.root, root)
+    beside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*"))
+    return [folder, *beside, *([] if params.labels == AUTO else [folder / params.labels])]
 
 
 def _prepare(params: Prepare, keep: Callable[[Source], Source], here: Stage) -> None:
     generated = params.source in readers.GENERATED
-    with atomic_directory(here.root / prepared.FOLDER) as out:
+    with atomic_directory(here.resume / _MADE) as out:
         data = out if generated else resolve_path(params.root, here.root)
         source, checked, found = _read(params, keep, data, out, here=here)
         about = {
@@ -52,7 +67,9 @@ def _prepare(params: Prepare, keep: Callable[[Source], Source], here: Stage) -> 
         write_json(out / "dataset.json", about)
         _write_lists(source, checked, data, out)
         files = {path: md5 for result in checked.values() for path, _, md5 in result.files}
-    prepared.remember(home(here.root), {p: m for p, m in files.items() if p.exists()})
+    here.publish({_MADE: prepared.FOLDER})
+    outside = {path: md5 for path, md5 in files.items() if not path.is_relative_to(out)}
+    prepared.remember(home(here.root), outside)
     prepared.remember_splits(home(here.root), source.splits)
     figures, counts = _figures(source, checked), _counts(source, checked)
     write_json(here.reports / "metrics.json", figures)
@@ -74,13 +91,15 @@ def _read(
         found = [*examined.problems, *review.review(source, checked)]
         found += _moved(source, here)
     except UserError as error:
-        _write_problems([Problem("unusable data", str(error))], here)
+        _write_problems([Problem("unusable data", str(error))], here.root / problems.FILE)
         raise
-    _write_problems(found, here)
     # Also when errors end the run: all is told at once.
     for line in problems.warnings(found):
         logger.warning(line)
+    if any(problem.error for problem in found):
+        _write_problems(found, here.root / problems.FILE)
     problems.refuse(found)
+    _write_problems(found, here.reports / "problems.csv")
     if not source.splits.get(next(iter(source.splits))):
         raise UserError(f"no image of the first split is left; look at {problems.FILE}")
     return source, checked, found
@@ -98,10 +117,10 @@ def _moved(source: Source, here: Stage) -> list[Problem]:
     return [Problem("val has changed", what, error=False)]
 
 
-def _write_problems(found: Sequence[Problem], here: Stage) -> None:
+def _write_problems(found: Sequence[Problem], path: Path) -> None:
     # A file of the header alone tells that there is no problem.
     header = ["kind", "severity", "file", "what"]
-    write_csv(here.reports / "problems.csv", problems.rows(found), header)
+    write_csv(path, problems.rows(found), header)
 
 
 def _write_lists(source: Source, checked: Mapping[str, Checked], data: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from isim.stage import Stage
 
 # Threshold where there are no CAMs that tell theirs.
 THRESHOLD = 0.3
+_INDEX = "index.html"
 
 
 def run(params: Report, root: Path) -> None:
@@ -135,6 +136,7 @@ def _report(rows: Sequence[Row], shown: Mapping[str, Any], here: Stage) -> None:
     """Write tables, figures and the page."""
     found = shown["found"]
     reports = here.root / "reports"
+    here.publish({_INDEX: "reports/index.html"})
     atomic.write_csv(here.reports / "images.csv", rows)
     atomic.write_json(here.reports / "metrics.json", found)
     here.table("classes", shown["classes"])
@@ -147,4 +149,4 @@ def _report(rows: Sequence[Row], shown: Mapping[str, Any], here: Stage) -> None:
             "tables": results.tables(here.root),
         }
     )
-    atomic.write_text(reports / "index.html", page)
+    atomic.write_text(here.resume / _INDEX, page)

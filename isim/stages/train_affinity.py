@@ -108,10 +108,11 @@ def _report(about: Row, epochs: Sequence[Row], here: Stage) -> None:
     atomic.write_json(here.reports / "metrics.json", about | last)
     here.tracked.headline({"loss": last["loss"], "sure_accuracy": about["sure_accuracy"]})
     here.tracked.artifact_file(here.reports / "epochs.csv")
-    here.tracked.register_model("affinity", here.root / "models/train_affinity/model.safetensors")
+    here.register("affinity", "models/train_affinity/model.safetensors")
     terms = ("background", "foreground", "negative")
     losses = {"loss": "total"} | {f"{term}_loss": term for term in terms}
-    plots.curves(epochs, "epoch", losses, "loss", path=here.reports / "pictures/losses.png")
+    with here.drawing("losses.png") as path:
+        plots.curves(epochs, "epoch", losses, "loss", path=path)
 
 
 def _show(items: Sequence[Item], params: TrainAffinity, here: Stage) -> None:

@@ -100,7 +100,7 @@ def run(params: TrainCam, root: Path) -> None:
         here.report(partial(_report, about, made, disputed), partial(_show, shown, len(made.rows)))
         _tell(about)
         last.keep(here.resume / "models/model.safetensors", network, config, about=about)
-    last.end()
+        here.held += last.held
 
 
 def _started(
@@ -293,8 +293,9 @@ def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
         figures = {k: v for k, v in row.items() if k not in ("round", "epoch")}
         here.tracked.metrics(figures, step=number)
         for item in shown:
-            square = pictures.strip(item, _results(here, number, item), columns=2)
-            here.tracked.image(f"pictures/{item.id}", square, step=number)
+            with here.drawing(f"{item.id}.png"):
+                square = pictures.strip(item, _results(here, number, item), columns=2)
+                here.tracked.image(f"pictures/{item.id}", square, step=number)
 
 
 def _report(about: Row, made: Rounds | FrozenRounds, disputed: Sequence[Row], here: Stage) -> None:
@@ -313,23 +314,26 @@ def _report(about: Row, made: Rounds | FrozenRounds, disputed: Sequence[Row], he
     here.table("per_class", made.per_class, ("round", "class"))
     here.tracked.headline({name: about[name] for name in MIOUS})
     here.tracked.artifact_file(here.reports / "rounds.csv")
-    here.tracked.register_model("cam", here.root / "models/train_cam/model.safetensors")
-    folder = here.reports / "pictures"
+    here.register("cam", "models/train_cam/model.safetensors")
     names = {"cam_miou": "CAM (before dCRF)", "pseudo_label_miou": "pseudo-label (after dCRF)"}
-    plots.curves(made.rows, "round", names, "mIoU (%)", path=folder / "miou.png", scale=100)
+    with here.drawing("miou.png") as path:
+        plots.curves(made.rows, "round", names, "mIoU (%)", path=path, scale=100)
     losses = {"classification_loss": "classification", "segmentation_loss": "segmentation"}
-    plots.curves(made.epochs, "epoch", losses, "loss", path=folder / "losses.png")
+    with here.drawing("losses.png") as path:
+        plots.curves(made.epochs, "epoch", losses, "loss", path=path)
 
 
 def _show(shown: Sequence[Item], count: int, here: Stage) -> None:
     """Write the strips of all rounds, one below the other, and a grid of the pseudo-labels."""
-    folder, numbers = here.reports / "pictures", range(1, count + 1)
+    numbers = range(1, count + 1)
     for item in shown:
-        strips = [pictures.strip(item, _results(here, number, item)) for number in numbers]
-        pictures.write_png(folder / f"{item.id}.png", np.concatenate(strips))
+        with here.drawing(f"{item.id}.png") as path:
+            strips = [pictures.strip(item, _results(here, number, item)) for number in numbers]
+            pictures.write_png(path, np.concatenate(strips))
     if shown:
         labels = [_labels(here, number) for number in numbers]
-        pictures.write_png(folder / "rounds.png", pictures.rounds_grid(shown, labels))
+        with here.drawing("rounds.png") as path:
+            pictures.write_png(path, pictures.rounds_grid(shown, labels))
 
 
 def _results(here: Stage, number: int, item: Item) -> dict[str, Path]:

@@ -213,14 +213,16 @@ def _report(
     here.tracked.headline(
         {f"{s}_{k}": v for s, row in splits.items() for k, v in row.items() if k.endswith("miou")}
     )
-    model = f"train_segmenter/{about['label_set']}/model.safetensors"
-    here.tracked.register_model(f"segmenter_{about['label_set']}", here.root / "models" / model)
+    model = f"models/train_segmenter/{about['label_set']}/model.safetensors"
+    here.register(f"segmenter_{about['label_set']}", model)
 
-    folder = here.reports / "pictures"
-    plots.curves(epochs, "epoch", {"loss": "cross-entropy"}, "loss", path=folder / "loss.png")
-    plots.class_ious(names, counts.counted(confusions), folder / "per_class.png")
+    with here.drawing("loss.png") as path:
+        plots.curves(epochs, "epoch", {"loss": "cross-entropy"}, "loss", path=path)
+    with here.drawing("per_class.png") as path:
+        plots.class_ious(names, counts.counted(confusions), path)
     for split, result in found.items():
-        plots.confusion_heatmap(result.confusion, names, folder / f"confusion_{split}.png")
+        with here.drawing(f"confusion_{split}.png") as path:
+            plots.confusion_heatmap(result.confusion, names, path)
 
 
 def _show(tested: Mapping[str, Sequence[Item]], params: TrainSegmenter, here: Stage) -> None:

@@ -143,6 +143,11 @@ class LastNetwork:
             f"({model.stat().st_size / 1e9:.2f} GB, may be deleted at any time)"
         )
 
+    @property
+    def held(self) -> list[Path]:
+        """Copy that the run began with, to be deleted when its result is there for good."""
+        return [checkpoint.pinned(self._file, self._key)] if self._key else []
+
     def end(self) -> None:
         """End the run: the next one of the same parameters and data starts from its network."""
         if self._key:

@@ -3,6 +3,8 @@
 import csv
 import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,32 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
         temporary.write_bytes(b"one")
         assert not path.exists() and temporary.suffix == ".bin"
     assert path.read_bytes() == b"one" and names(path.parent) == ["a.bin"]
-    assert path.stat().st_mode & 0o777 == 0o644, "shared caches read it"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_the_umask_says_who_may_read(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        atomic.write_text(tmp_path / "new/a", "")
+        atomic.write_bytes(tmp_path / "b", b"", durable=True)
+        with atomic.atomic_directory(tmp_path / "folder") as building:
+            (building / "c").touch()
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
+@pytest.mark.parametrize("stands", [Path.touch, lambda path: path.symlink_to(path.parent)])
+def test_a_folder_takes_the_place_of_folders_alone(stands, tmp_path):
+    stands(tmp_path / "out")
+    with (
+        pytest.raises(UserError, match=r"out: it is a (file|link), no folder; move it away"),
+        atomic.atomic_directory(tmp_path / "out"),
+    ):
+        pass
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize(

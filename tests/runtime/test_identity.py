@@ -1,7 +1,11 @@
 """Digests follow all that a result depends on, and nothing else."""
 
+import os
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 from isim.runtime import identity
 
@@ -79,3 +83,38 @@ def test_md5_is_that_of_dvc(tmp_path):
     subprocess.run([*dvc, "add", "-q", "data"], cwd=tmp_path, check=True)
     assert f"md5: {identity.md5(data)}\n" in (tmp_path / "data.dvc").read_text()
     assert identity.md5(data / "b.txt") == identity.md5_of(b"b.txt")
+
+
+def renamed(folder):
+    (folder / "a").rename(folder / "c")
+
+
+def touched(folder):
+    os.utime(folder / "a", (1, 1))
+
+
+def rewritten(folder):
+    """The same size, and the same time of writing."""
+    before = (folder / "a").stat()
+    (folder / "a").write_text("y")
+    os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def deeper(folder):
+    (folder / "deep/deeper/new").touch()
+
+
+@pytest.mark.parametrize("change", [renamed, touched, rewritten, deeper, shutil.rmtree])
+def test_times_tell_of_changes_without_a_read(change, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deep/deeper").mkdir(parents=True)
+    (folder / "a").write_text("x")
+    # A circle, a pipe that nobody writes to, and a link to nothing.
+    (folder / "deep/circle").symlink_to(folder)
+    os.mkfifo(folder / "pipe")
+    (folder / "lost").symlink_to("none")
+    places = [folder, tmp_path / "missing"]
+    before = identity.of_times(places)
+    assert before == identity.of_times(places)
+    change(folder)
+    assert before != identity.of_times(places)

@@ -1,12 +1,13 @@
 """Compiling kernels: once, kept, and one line where it cannot be done."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from isim.errors import UserError
-from isim.runtime import kernels
+from isim.runtime import identity, kernels
 
 
 @pytest.fixture
@@ -58,6 +59,98 @@ def test_processes_that_need_it_at_once_compile_it_once(answer, tmp_path, monkey
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert (tmp_path / "calls").read_text() == "once\n"
+
+
+LOAD = (
+    "import pathlib, sys; from isim.runtime import kernels;"
+    "kernels.SOURCES = pathlib.Path(sys.argv[1]);"
+    "sys.exit(kernels.library('trial').answer())"
+)
+
+
+def load(folder):
+    """Exit code of a process that loads the kernel: its answer, or how it died."""
+    return subprocess.run([sys.executable, "-c", LOAD, folder]).returncode
+
+
+def cut(share):
+    def damage(built):
+        os.truncate(built, int(built.stat().st_size * share))
+
+    return damage
+
+
+def plant(built):
+    """Put a kernel there, whole, that answers otherwise."""
+    source = built.with_suffix(".cpp")
+    source.write_text('extern "C" int answer() { return 66; }')
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", built], check=True)
+
+
+def plant_with_checksum(built):
+    plant(built)
+    built.with_suffix(".sha256").write_text(identity.sha256(built.read_bytes()))
+    built.chmod(0o777)
+
+
+def plant_link(built):
+    other = built.with_name("other.so")
+    built.rename(other)
+    plant(other)
+    built.symlink_to(other)
+    built.with_suffix(".sha256").write_text(identity.sha256(other.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *map(cut, (0, 0.01, 0.3, 0.7, 0.99)),
+        plant,
+        plant_with_checksum,
+        plant_link,
+        lambda built: built.with_suffix(".sha256").unlink(),
+        lambda built: built.with_suffix(".sha256").write_bytes(b"\xff"),
+        lambda built: built.chmod(0o720),
+    ],
+)
+def test_a_damaged_or_planted_kernel_is_compiled_anew_and_never_loaded(damage, answer, tmp_path):
+    answer(7)
+    assert load(tmp_path) == 7
+    (built,) = tmp_path.glob("*.so")
+    before = built.stat().st_mtime_ns
+    damage(built)
+    assert load(tmp_path) == 7
+    assert built.stat().st_mtime_ns != before and not built.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_kernels_of_another_user_are_not_loaded(answer, tmp_path):
+    answer(7)
+    assert load(tmp_path) == 7
+    (built,) = tmp_path.glob("*.so")
+    plant(built)
+    built.with_suffix(".sha256").write_text(identity.sha256(built.read_bytes()))
+    os.chown(built, 12345, -1)
+    assert load(tmp_path) == 7
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(kernels.Unavailable, match="belongs to another user"):
+        kernels.library("trial")
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_kernels_are_this_users_alone_whatever_the_umask(umask, answer, tmp_path, monkeypatch):
+    answer(7)
+    cache = tmp_path / "deep/cache"
+    monkeypatch.setenv("ISIM_CACHE", str(cache))
+    before = os.umask(umask)
+    try:
+        assert load(tmp_path) == 7
+        cache.chmod(0o777)
+        assert load(tmp_path) == 7
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode for path in (cache, *cache.glob("*.s*"))]
+    assert len(modes) == 3 and not any(mode & 0o022 for mode in modes)
 
 
 def no_compiler(monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from support.projects import confusion_of, drop_masks, items_of, names_in, read_report, read_rows
 from support.sections import of_frozen
 
-from isim import metrics
+from isim import metrics, stage
 from isim.data.files import read_cam
 from isim.errors import UserError
 from isim.models import cam
@@ -17,6 +17,7 @@ from isim.runtime import identity
 from isim.runtime.here import Here
 
 ROUNDS = ("round_01", "round_02")
+OUTS = ("models/train_cam",)
 SPEED = {"seconds", "images_per_second", "waiting_share"}
 
 
@@ -251,6 +252,26 @@ def test_a_run_starts_from_the_network_of_the_last_one(run, project, copies, rec
     assert [path.name for path in (project / ".isim/previous").iterdir()] == [
         "train_cam.safetensors"
     ]
+
+
+def test_a_run_from_the_last_network_that_dvc_lost_is_published_again(
+    run, project, recorder, monkeypatch
+):
+    """What it began with is held as long as its result is: else it would be another run."""
+    changes = {"method": "deeplabcam", "epochs": 2, "start": "previous"}
+    monkeypatch.setenv("DVC_STAGE", "train_cam")
+    first, network = run("train_cam", project, **changes), project / "models/train_cam"
+    digest = identity.md5(network)
+    shutil.rmtree(network)
+    with pytest.raises(stage.Published):
+        run("train_cam", project, **changes)
+    assert identity.md5(network) == digest and read_report(project, "train_cam") == first
+    outs = "".join(f"{{path: {name}, md5: {identity.md5(project / name)}}}" for name in OUTS)
+    (project / "dvc.lock").write_text(f"stages: {{train_cam: {{outs: [{outs}]}}}}")
+    stage._look_after(project / ".isim", project, ("train_cam",))
+    names = [path.name for path in (project / ".isim/previous").iterdir()]
+    assert names == ["train_cam.safetensors"]
+    assert run("train_cam", project, **changes)["started_from"] != "none"
 
 
 def test_the_last_head_labels_the_first_round_of_method_frozen(

@@ -1,0 +1,52 @@
+"""End of the program by Ctrl-C or SIGTERM: within seconds, whatever its threads wait for.
+
+A read from a dead mount or a pipe that nobody writes to never returns, and Python waits for its
+threads at the end; in the main thread such a read keeps a signal's handler from being called. One
+thread waits for the signals themselves, and ends the program if it has not ended by itself.
+"""
+
+import os
+import signal
+import threading
+import time
+
+# Seconds for what is open to be closed: MLflow is told, helpers are stopped.
+GRACE = 5.0
+
+_begun = threading.Event()
+_grace = GRACE
+
+
+def watch_signals() -> None:
+    """Watch for Ctrl-C and SIGTERM from now on; called once, in the main thread.
+
+    Handlers that are set, whenever, are called as ever; a signal that is ignored stays so.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A child that was forked shares the pipe: its signals are not ours.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_wait, args=(reader,), name="ending", daemon=True).start()
+
+
+def allow(seconds: float) -> None:
+    """Give the program so long to end: it waits for processes that take `GRACE` themselves."""
+    global _grace
+    _grace = seconds
+
+
+def begun() -> bool:
+    """Tell whether a signal ends the program."""
+    return _begun.is_set()
+
+
+def _wait(reader: int) -> None:
+    while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    _begun.set()
+    time.sleep(_grace)
+    name = signal.Signals(number).name
+    # Past the locks of sys.stderr, which another thread may hold.
+    os.write(2, f"isim: ended by {name} in the middle of what it waited for\n".encode())
+    os._exit(128 + number)
