@@ -13,11 +13,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STORE := from pathlib import Path; from isim.reporting import store; \
   uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
 
-.PHONY: demo demo-evidence test lint ui bench torture docs database
+.PHONY: demo repository demo-evidence test lint ui bench torture docs database
 
-demo: database
+demo: repository database
 	dvc repro
 	@isim results
+
+# Before the libraries are fetched. A source archive has no repository.
+repository:
+	@git rev-parse --git-dir >/dev/null 2>&1 || { \
+	  echo 'no git repository, which DVC wants: run `git init`, then `make demo` again' >&2; exit 1; }
 
 demo-evidence: $(INSTALLED)
 	python benchmarks/demo_evidence.py
@@ -58,8 +63,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo 'pydensecrf2 compiles: install g++ (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	@echo 'installing into $(VENV): a few minutes, 6 GB'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-# pydensecrf2 demands a Cython that cannot build for Python 3.13: build it with a newer one.
-	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then \
-	  $(INSTALL) Cython setuptools wheel && $(INSTALL) --no-build-isolation pydensecrf2; fi
-	$(INSTALL) -e '.[dev,onnx]'
+# What builds is pinned, too: alone, pip would fetch the newest for pydensecrf2, and the Cython that
+# it demands cannot build for Python 3.13.
+	$(INSTALL) Cython setuptools wheel
+	$(INSTALL) --no-build-isolation -e '.[dev,onnx]'
 	touch $@

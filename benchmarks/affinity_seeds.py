@@ -39,6 +39,7 @@ from isim.labels.seeds import seeds
 from isim.params import Crf
 from isim.passes import counts, each
 from isim.runtime import atomic
+from isim.runtime import figures as reported
 from isim.runtime.here import Here
 from isim.runtime.paths import resolve_path
 
@@ -225,7 +226,7 @@ def learn(root: Path, cams: Path, epochs: int, seed: int) -> Figures:
         set_parameters(root, {"train_affinity": {"epochs": epochs, "seed": seed, "pictures": 0}})
         before = sum(os.times()[:4])
         stage.start("train_affinity", root)
-        figures = json.loads((root / "reports/train_affinity/metrics.json").read_text())
+        figures = reported.read(root / "reports/train_affinity")
         # The machine may be shared: seconds of its cores, not of the clock.
         figures["core_minutes"] = (sum(os.times()[:4]) - before) / 60
         atomic.write_json(record, figures)
@@ -241,7 +242,7 @@ def walk(root: Path, cams: Path) -> dict[str, Figures]:
         changed = {"splits": ["val"], "pictures": 0, **values}
         set_parameters(root, {"random_walk": changed})
         stage.start("random_walk", root)
-        figures = json.loads((root / "reports/random_walk/metrics.json").read_text())
+        figures = reported.read(root / "reports/random_walk")
         found[name] = figures["val"]
     return found
 

@@ -10,7 +10,6 @@ largest difference from it over the seeds.
 
 import argparse
 import csv
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from isim.experiments import overlay
+from isim.runtime import figures
 
 WEIGHTS = "$ISIM_SHARED/weights/"
 ENCODERS = {
@@ -78,10 +78,7 @@ def one(
             found[f"label {number}"] = 100 * float(row["pseudo_label_miou"])
     for label_set in label_sets:
         found["minutes"] += stage(work, "train-segmenter", label_set)
-        report = json.loads(
-            (work / f"reports/train_segmenter/{label_set}/metrics.json").read_text()
-        )
-        val = report["splits"]["val"]
+        val = figures.read(work / f"reports/train_segmenter/{label_set}")["val"]
         found[f"{label_set} val"] = 100 * val["miou"]
         if "crf_miou" in val:
             found[f"{label_set} crf"] = 100 * val["crf_miou"]

@@ -11,7 +11,6 @@ percent.
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from isim.experiments import overlay
+from isim.runtime import figures
 
 SPLIT = "data/prepared/train.csv"
 
@@ -87,8 +87,8 @@ def miou(work: Path, seed: int, *, trust: bool, train: bool = False) -> float:
     overlay.merge(tree, {"train_segmenter": own})
     (work / "params.yaml").write_text(overlay.dump(tree))
     isim(work, "train-segmenter", "last_round")
-    report = json.loads((work / "reports/train_segmenter/last_round/metrics.json").read_text())
-    return 100 * float(report["splits"]["val"]["miou"])
+    report = figures.read(work / "reports/train_segmenter/last_round")
+    return 100 * float(report["val"]["miou"])
 
 
 def isim(work: Path, *command: str) -> None:

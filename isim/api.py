@@ -3,7 +3,6 @@
 from isim import CamModel, Project, Segmenter, dense_crf
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from isim.metrics import IGNORE
 from isim.models import cam, segmenter
 from isim.params import LABEL_SETS, Crf, load
 from isim.passes.photographs import BySegmenter, ByTags
+from isim.runtime import figures
 from isim.runtime.here import Here
 
 # Longer side, in pixels, that images are worked on at if nothing else is said.
@@ -227,13 +227,10 @@ class Project:
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Figures of the stages that have run, `reports/<stage>/metrics.json`, by stage."""
+        """Figures of the stages that have run, `reports/<stage>/figures.csv`, by stage."""
         folder = self.root / "reports"
-        found = sorted(folder.rglob("metrics.json"))
-        return {
-            p.parent.relative_to(folder).as_posix(): json.loads(p.read_text(encoding="utf-8"))
-            for p in found
-        }
+        there = {p.parent for name in (figures.FILE, figures.OLD) for p in folder.rglob(name)}
+        return {p.relative_to(folder).as_posix(): figures.read(p) for p in sorted(there)}
 
     @property
     def label_sets(self) -> tuple[str, ...]:

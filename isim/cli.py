@@ -245,6 +245,26 @@ def tables(
         typer.echo(f"isim: note: {note}", err=True)
 
 
+@_command
+def compare(
+    revisions: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REV]...",
+            help="Git revisions, or names of DVC experiments; without any all experiments.",
+        ),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown.")] = False,
+) -> None:
+    """Compare runs by the figures that matter: the workspace, revisions, experiments."""
+    from isim.experiments import compare as compared
+
+    text, note = compared.table(Path.cwd(), revisions or (), markdown=markdown)
+    typer.echo(text)
+    if note:
+        typer.echo(f"isim: note: {note}", err=True)
+
+
 class _Predict:
     """Options of `isim predict`, by the names that `passes.predict.Options` has."""
 

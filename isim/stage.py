@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from isim.data import prepared
+from isim.data import files, prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.params import Params, load
@@ -35,6 +37,7 @@ from isim.runtime import (
     processes,
     progress,
 )
+from isim.runtime import figures as record
 from isim.runtime.here import Here
 from isim.runtime.paths import home
 
@@ -59,6 +62,7 @@ class Stage(Here):
         hashes: md5 of each input, by name.
         held: Files outside of the resume folder that are deleted when the result is recorded.
         keeps: Whether the outs are kept until DVC has recorded them.
+        since: When it was opened, by the monotonic clock in seconds.
     """
 
     tracked: tracking.Run = field(default_factory=tracking.NoRun)
@@ -69,6 +73,7 @@ class Stage(Here):
     keeps: bool = True
     _outs: dict[str, str] = field(default_factory=dict)
     _models: dict[str, str] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
 
     def publish(self, outs: Mapping[str, str]) -> None:
         """Name files and folders of the resume folder, and what they replace in the project.
@@ -119,6 +124,45 @@ class Stage(Here):
         if rows:
             self.tracked.table(name, rows)
 
+    def figures(
+        self,
+        figures: Mapping[str, Any],
+        headline: Mapping[str, float | Mapping[str, float]],
+        *,
+        timed: bool = True,
+    ) -> None:
+        """Write all figures as `runtime.figures` does, and the `headline` as metrics.json.
+
+        By the latter runs are compared: `dvc metrics show`, `dvc exp show`. What is not known is
+        left out there. Both may have figures of splits, by split. A stage that is not `timed`
+        leaves the same files whenever it is run. Raises UserError when a file cannot be written.
+        """
+        seconds = round(time.monotonic() - self.since, 1) if timed else None
+        record.write(self.reports, figures, seconds)
+        atomic.write_json(self.reports / "metrics.json", _known(headline))
+
+    def card(
+        self,
+        made: str,
+        params: BaseModel,
+        names: Sequence[str],
+        figures: Mapping[str, Any],
+        **more: Any,  # noqa: ANN401 - any JSON values
+    ) -> None:
+        """Put classes.json and card.json into a folder of label maps in the resume folder.
+
+        They tell whoever has the folder alone what it is: labels `names` 0..L-1; isim, stage,
+        parameters, md5 of what was read, figures and `more`. Equal runs write equal cards. Raises
+        UserError when a file cannot be written.
+        """
+        if not processes.is_main():
+            return
+        about = {"isim": version("isim"), "made_by": self.name, **more}
+        about |= {"figures": record.without_times(figures), "inputs": dict(self.hashes)}
+        about["parameters"] = params.model_dump(mode="json")
+        atomic.write_json(self.resume / made / "classes.json", files.class_list(names))
+        atomic.write_json(self.resume / made / "card.json", about)
+
     def show(
         self,
         splits: Mapping[str, Sequence[Item]],
@@ -160,6 +204,12 @@ class Stage(Here):
         # Those of an earlier run.
         gone = [] if _PICTURES in written else [f"{place}/{_PICTURES}"]
         return finished.Finished(str(self.root.resolve()), outs, gone, [str(p) for p in self.held])
+
+
+def _known(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not finite: DVC shows it as a word among numbers."""
+    whole = {k: _known(v) if isinstance(v, Mapping) else v for k, v in figures.items()}
+    return {k: v for k, v in whole.items() if v != {} and (isinstance(v, dict) or isfinite(v))}
 
 
 @contextlib.contextmanager

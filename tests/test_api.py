@@ -57,7 +57,7 @@ def test_the_examples_of_the_documentation_run(finished_project, models, tmp_pat
     # As stage masks leaves it.
     shutil.copytree(root / "data/pseudo_labels/round_02", root / "data/masks")
     (root / "reports/masks").mkdir()
-    (root / "reports/masks/metrics.json").write_text('{"images": 24}')
+    (root / "reports/masks/figures.csv").write_text("split,figure,value\n,images,24\n")
     monkeypatch.chdir(root)
     names: dict = {}
     for example in EXAMPLES:

@@ -87,7 +87,7 @@ def wheel(tmp_path_factory):
 
 
 def test_a_wheel_holds_the_code_kernels_paper_presets_and_types(wheel):
-    kinds = {".py", ".cpp", ".json", ".yaml", ".typed", ".j2", ".css", ".js"}
+    kinds = {".py", ".cpp", ".json", ".yaml", ".typed", ".j2", ".css", ".js", ".html"}
     files = [path for path in (ROOT / "isim").rglob("*") if path.suffix in kinds]
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     assert {name for name in wheel if name.startswith("isim/")} == expected

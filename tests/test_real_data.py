@@ -1,9 +1,9 @@
 """The whole pipeline on a few real images of VOC 2012, with real ImageNet weights."""
 
-import json
 from pathlib import Path
 
 import pytest
+from support.projects import read_report
 
 from isim.experiments import preset
 from isim.models import affinity, cam, encoder, segmenter
@@ -39,7 +39,7 @@ def test_the_sample_preset_runs_on_real_images(few):
     export_cams.run(PRESET.export_cams.model_copy(update={"scales": (1.0,)}), few)
     evaluate.run(PRESET.evaluate.model_copy(update={"pictures": 1}), few)
 
-    figures = json.loads((few / "reports/evaluate/metrics.json").read_text())
+    figures = read_report(few, "evaluate")
     # ImageNet features, hardly trained, already find objects: noise or a broken CAM does not.
     assert figures["train"]["images"] == 24 and figures["val"]["images"] == 6
     assert figures["train"]["cam_miou"] > 0.1
@@ -56,7 +56,7 @@ def test_the_frozen_preset_runs_on_them_too(few):
     change = {"head": head, "pictures": 0, "crf_after": False}
     train_segmenter.run(params.train_segmenter.model_copy(update=change), "last_round", few)
 
-    report = json.loads((few / "reports/train_cam/metrics.json").read_text())
+    report = read_report(few, "train_cam")
     assert report["supervision"] == "ImageNet labels" and report["rounds"] == 2
     # 24 images of many classes are few to learn from; noise or broken features stay below 0.1.
     assert report["pseudo_label_miou"] > 0.3

@@ -1,6 +1,5 @@
 """Prepared data: the items of each split and the classes, as `isim prepare` wrote them."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 
 from isim.errors import UserError
 from isim.runtime import identity
-from isim.runtime.atomic import write_json
+from isim.runtime.atomic import read_csv, write_json
 from isim.runtime.paths import home, resolve_path
 
 # Folder below the project, the layout of its files, and the prefix of paths that lie inside it.
@@ -112,7 +111,7 @@ def load(root: Path) -> Prepared:
             )
         data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
         classes = tuple(about["classes"])
-        rows = _rows(folder / "labels.csv")
+        rows = read_csv(folder / "labels.csv")
         labels = {row["id"]: _multi_hot(row, classes) for row in rows}
 
         def item(row: dict[str, str]) -> Item:
@@ -123,7 +122,7 @@ def load(root: Path) -> Prepared:
             return Item(row["id"], image, mask if row["mask"] else None, labels[row["id"]])
 
         splits = {
-            split: tuple(map(item, _rows(folder / f"{split}.csv"))) for split in about["splits"]
+            split: tuple(map(item, read_csv(folder / f"{split}.csv"))) for split in about["splits"]
         }
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; run `isim prepare` first") from error
@@ -214,7 +213,7 @@ def _manifest(root: Path) -> dict[Path, tuple[int, str]]:
             folder / row["path"].removeprefix(INSIDE)
             if row["path"].startswith(INSIDE)
             else data / row["path"]: (int(row["bytes"]), row["md5"])
-            for row in _rows(folder / "manifest.csv")
+            for row in read_csv(folder / "manifest.csv")
         }
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
@@ -226,11 +225,6 @@ def _record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 def _multi_hot(row: dict[str, str], classes: tuple[str, ...]) -> np.ndarray | None:

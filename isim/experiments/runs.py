@@ -3,7 +3,7 @@
 `params.yaml` may have been edited since: it only says which record of a label set is present.
 """
 
-import csv
+import contextlib
 import io
 import json
 import subprocess
@@ -18,7 +18,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim.errors import UserError
 from isim.params import flatten
+from isim.runtime import atomic, figures
 from isim.runtime.identity import md5_of
 
 Tree = Mapping[str, Any]
@@ -42,11 +44,25 @@ class Run:
     fetch: Callable[[str], str | None] = field(default=lambda _: None, compare=False)
 
     def report(self, path: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
-        """A JSON tree or a list of CSV rows; None when the run has no such report."""
-        if path in self.reports or not path.endswith(".csv"):
-            return self.reports.get(path)
-        text = self.fetch(path)
-        return None if text is None else _parse_report(path, text)
+        """A JSON tree or a list of CSV rows; None when the run has no such report.
+
+        Figures are a tree, that of `runtime.figures`, also of a run before there was such a table.
+        """
+        found = self.reports.get(path)
+        if found is None and path.endswith(".csv"):
+            text = self.fetch(path) if path in self.lock else None
+            found = None if text is None else parse(path, text)
+        if not path.endswith(figures.FILE):
+            return found
+        if found is None:
+            old = self.reports.get(_old(path))
+            return None if old is None else figures.of_old(old)
+        return figures.tree(found) if isinstance(found, list) else found
+
+    def written(self, path: str) -> str:
+        """`path`, or the file that a run had before there was a table of figures."""
+        old = _old(path)
+        return old if path not in self.lock and old in self.lock else path
 
 
 def read_all(root: Path) -> tuple[list[Run], str | None]:
@@ -86,12 +102,82 @@ def workspace(root: Path) -> Run | None:
         except OSError:
             continue
         if claim and md5_of(data) == claim[1]:
-            reports[name] = _parse_report(name, data.decode())
+            reports[name] = parse(name, data.decode())
     return Run("workspace", when, lock, reports)
 
 
-def _parse_report(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
-    return list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else json.loads(text)
+def parse(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
+    """Read the text of a report by its path: a JSON tree, or a list of CSV rows."""
+    return atomic.parse_csv(io.StringIO(text)) if path.endswith(".csv") else json.loads(text)
+
+
+def _old(path: str) -> str:
+    return path.removesuffix(figures.FILE) + figures.OLD if path.endswith(figures.FILE) else path
+
+
+def at(root: Path, revision: str) -> Run:
+    """Read the run of a git revision or of a DVC experiment, by its name, as git has it.
+
+    A revision without results has no report. Raises UserError for one that there is not.
+    """
+    commit = _commit(root, revision)
+    text = partial(_text_at, root, commit)
+    lock = read_lock(text("dvc.lock") or "", text("params.yaml"))
+    names = [name for name in lock if name.startswith("reports/") and name.endswith(".json")]
+    texts = {name: found for name in names if (found := text(name)) is not None}
+    reports = {}
+    for name, found in texts.items():
+        # One in the middle of a merge holds nothing.
+        with contextlib.suppress(ValueError):
+            reports[name] = parse(name, found)
+    return Run(revision, 0.0, lock, reports, partial(_out_at, root, commit))
+
+
+def _commit(root: Path, revision: str) -> str:
+    """Find the commit of a revision, an experiment's name included."""
+    git = ("git", "rev-parse", "--verify", "--quiet", "--end-of-options")
+    try:
+        names = _output(root, "git", "for-each-ref", "--format=%(refname)", "refs/exps")
+        named = [ref for ref in names.splitlines() if ref.endswith(f"/{revision}")]
+        for ref in (revision, *named):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return _output(root, *git, f"{ref}^{{commit}}").strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"{root} is in no git repository, or git is missing: no revisions"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"no revision {revision[:80]!r}: {error}") from error
+    raise UserError(
+        f"no git revision or DVC experiment {revision[:80]!r}; `git log` and `dvc exp list` have "
+        "their names"
+    )
+
+
+def cached(root: Path) -> Callable[[str], str | None]:
+    """Return what reads a file of the project's DVC cache by its md5: its text, or None."""
+
+    @cache
+    def folder() -> Any:  # noqa: ANN401 - DVC's cache
+        # Imported here: it takes a second, and only this needs it.
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        try:
+            with Repo(str(root)) as repo:
+                return repo.cache.local
+        except (OSError, DvcException):
+            return None
+
+    def read(md5: str) -> str | None:
+        if not md5 or folder() is None:
+            return None
+        try:
+            return Path(folder().oid_to_path(md5)).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+
+    return read
 
 
 def from_dvc(

@@ -1,7 +1,5 @@
 """The paper's tables with what was measured here, as `isim tables` prints them."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from isim.experiments import cells as papers
 from isim.experiments.cells import Cell, Figure, Paper, Table
 from isim.experiments.runs import Run, lineage, read_all
 from isim.params import flatten
+from isim.runtime import atomic
 
 BLANK = "-"
 
@@ -68,7 +67,8 @@ def _measure(cell: Cell, runs: Sequence[Run], paper: Paper) -> Measured | None:
     # then the stage that wrote the report had the same parameters, dependencies and outputs.
     found: dict[str, tuple[Run, float, str]] = {}
     for run in runs:
-        sections = lineage(run.lock, figure.file)
+        file = run.written(figure.file)
+        sections = lineage(run.lock, file)
         if sections is None:
             continue
         parameters = flatten(sections)
@@ -81,7 +81,7 @@ def _measure(cell: Cell, runs: Sequence[Run], paper: Paper) -> Measured | None:
         # Last: it may be a file to get.
         value = _value(run.report(figure.file), figure)
         if value is not None:
-            found.setdefault(repr(run.lock[figure.file]), (run, value, profile))
+            found.setdefault(repr(run.lock[file]), (run, value, profile))
     if not found:
         return None
     run, value, profile = max(found.values(), key=lambda entry: entry[0].when)
@@ -147,18 +147,24 @@ def markdown(table: Table, found: Found) -> str:
 
 def as_csv(tables: Sequence[Table], found: Sequence[Found]) -> str:
     """One line a cell, with a header; figures in percent, empty where there is none."""
-    buffer = io.StringIO()
-    out = csv.writer(buffer, lineterminator="\n")
-    measurement = ("measured", "run", "optimizer_profile", "matching_runs")
-    out.writerow(("table", "row", "column", "paper", *measurement))
+    lines = []
     for table, measured in zip(tables, found, strict=True):
         for row, cells in zip(table.rows, table.cells, strict=True):
             for column, cell in zip(table.columns, cells, strict=True):
                 one = measured.get((row, column))
-                ours = one and (f"{one.value:.4f}", one.run, one.profile, one.matching)
-                # csv writes None as nothing.
-                out.writerow((table.name, row, column, cell.paper, *(ours or ("", "", "", 0))))
-    return buffer.getvalue().rstrip("\n")
+                lines.append(
+                    {
+                        "table": table.name,
+                        "row": row,
+                        "column": column,
+                        "paper": cell.paper,
+                        "measured": one and f"{one.value:.4f}",
+                        "run": one and one.run,
+                        "optimizer_profile": one and one.profile,
+                        "matching_runs": one.matching if one else 0,
+                    }
+                )
+    return atomic.csv_text(lines).rstrip("\n")
 
 
 def _rows(table: Table, found: Found) -> list[list[str]]:

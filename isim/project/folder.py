@@ -26,6 +26,8 @@ _DVC_CONFIG = """\
     autostage = true
 [cache]
     type = "reflink,hardlink,symlink,copy"
+[plots]
+    html_template = plots/page.html
 """
 _GITIGNORE = """\
 # Outs of the pipeline: DVC keeps them.
@@ -149,7 +151,7 @@ def _repositories(folder: Path, there: set[str]) -> None:
             folder,
         )
         atomic.write_text(folder / ".dvc/config", _DVC_CONFIG)
-    for path in sorted(pipeline.PLOTS.glob("*.json")):
+    for path in sorted(pipeline.PLOTS.iterdir()):
         if not (folder / ".dvc/plots" / path.name).exists():
             atomic.write_bytes(folder / ".dvc/plots" / path.name, path.read_bytes())
 

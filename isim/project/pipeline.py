@@ -28,7 +28,8 @@ PLOTS = Path(__file__).with_name("plots")
 _HEAD = f"""\
 # The stages, as `isim init` and `isim upgrade` write them. A change of any dependency re-runs the
 # stage; {lock.FILE} stands for the code of isim. Tables are cached outs, drawn by `plots` at the
-# end; metrics.json is small and belongs into git.
+# end. metrics.json has the few figures that `dvc metrics show` and `dvc exp show` compare, and
+# belongs into git; figures.csv has all of a stage.
 """
 
 

@@ -1,5 +1,6 @@
 """Plots of figures as PNG files. matplotlib is imported where something is drawn, not before."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+
+# The names of more classes would take minutes and be unreadable: some are shown, or numbers.
+MANY = 60
+# Inches: matplotlib holds a figure several times over.
+HIGHEST = 60.0
+# Characters of a name that are drawn.
+LONGEST = 40
 
 
 def curves(
@@ -36,7 +44,8 @@ def curves(
         return
     figure, axes = _axes(6.4, 4.0)
     for name, values in found.items():
-        axes.plot([row[x] for row in rows], values, marker="o", markersize=4, label=name)
+        places = [row[x] for row in rows]
+        axes.plot(places, values, marker="o", markersize=4, label=drawable(name))
     axes.set_xlabel(x)
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -63,24 +72,46 @@ def class_bars(
     `series` maps names in the legend to (L,) fractions; NaN (an absent class) has no bar. Errors
     are those of `curves`.
     """
-    thickness = 0.8 / len(series)
-    figure, axes = _axes(7.0, 1.3 + len(classes) * max(0.15 * len(series), 0.36))
-    for place, (name, fractions) in enumerate(series.items()):
-        offset = (place + 0.5) * thickness - 0.4
-        percent = 100 * np.asarray(fractions, float)
-        centers = np.arange(len(classes)) + offset
-        axes.barh(centers, np.nan_to_num(percent), thickness, label=name)
-        for center, value in zip(centers, percent, strict=True):
+    values = {name: 100 * np.asarray(fractions, float) for name, fractions in series.items()}
+    shown = _shown(list(values.values())[-1])
+    thickness, inches = 0.8 / len(series), max(0.15 * len(series), 0.36)
+    height = min(1.3 + len(shown) * inches, HIGHEST)
+    names = [drawable(classes[place]) for place in shown]
+    figure, axes = _axes(7.0 + _room(names), height)
+    # A figure of as many rounds as fit has no room for numbers.
+    numbered = height * 72 / (len(shown) * len(series)) > 6
+    for place, (name, every) in enumerate(values.items()):
+        percent = every[shown]
+        centers = np.arange(len(shown)) + (place + 0.5) * thickness - 0.4
+        axes.barh(centers, np.nan_to_num(percent), thickness, label=drawable(name))
+        for center, value in zip(centers, percent, strict=True) if numbered else ():
             text, end = ("absent", 0.0) if np.isnan(value) else (f"{value:.1f}", value)
-            axes.text(end + 0.5, center, text, va="center", fontsize=7)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_ylim(len(classes) - 0.5, -0.5)
+            drawn = axes.text(end + 0.5, center, text, va="center", fontsize=7)
+            # They lie inside: the layout, which measures each text, need not ask.
+            drawn.set_in_layout(False)
+    axes.set_yticks(range(len(shown)), names)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 107)
     axes.set_xlabel(f"{label} (%)")
+    if len(shown) < len(classes):
+        axes.set_title(
+            f"the lowest and the highest {len(shown)} of {len(classes)} (per_class.csv: all)"
+        )
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=min(len(series), 4))
     _save(figure, path)
+
+
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Choose (M,) places of (L,) values, ascending: all, or the lowest and the highest of many."""
+    if len(values) <= MANY:
+        return np.arange(len(values))
+    # What is absent has no place among them, unless there is too little else.
+    order = np.argsort(values, kind="stable")
+    known = order[np.isfinite(values[order])]
+    known = known if len(known) >= MANY else order
+    return np.sort(np.concatenate([known[: MANY // 2], known[len(known) - MANY // 2 :]]))
 
 
 def confusion_heatmap(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -93,11 +124,15 @@ def confusion_heatmap(confusion: np.ndarray, classes: Sequence[str], path: Path)
         return
     totals = confusion.sum(1, keepdims=True)
     percent = 100 * confusion / np.maximum(totals, 1)
-    side = 2.4 + 0.36 * len(classes)
+    names = list(map(drawable, classes)) if len(classes) <= MANY else []
+    side = 2.4 + 0.36 * min(len(classes), MANY) + _room(names)
     figure, axes = _axes(side + 0.6, side)
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    if names:
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
+    else:
+        axes.set_title("by number of the class; confusion.csv has their names")
     axes.set_xlabel("prediction")
     axes.set_ylabel("ground truth")
     # Else the cells are too small for numbers.
@@ -105,9 +140,40 @@ def confusion_heatmap(confusion: np.ndarray, classes: Sequence[str], path: Path)
         for (row, column), value in np.ndenumerate(percent):
             if value >= 0.5:
                 color, text = "white" if value > 60 else "black", f"{value:.0f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+                cell = axes.text(column, row, text, ha="center", va="center", fontsize=7)
+                cell.set(color=color, in_layout=False)
     figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
     _save(figure, path)
+
+
+def _room(names: Sequence[str]) -> float:
+    """Inches that names take beside an axis, beyond the usual ones."""
+    return 0.1 * max((len(name) - 12 for name in names if len(name) > 12), default=0)
+
+
+def drawable(name: str) -> str:
+    """Return a name as it can be drawn: no formula, no more than `LONGEST` characters.
+
+    A character that the font has not, or that is none to see, is its code point.
+    """
+    known = _glyphs()
+    cut = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    seen = "".join(c if ord(c) in known and c.isprintable() else _code_point(c) for c in cut)
+    # A dollar begins a formula, an underscore hides a name from the legend.
+    return (f" {seen}" if seen.startswith("_") else seen).replace("$", r"\$")
+
+
+def _code_point(character: str) -> str:
+    return f"\\u{ord(character):04x}"
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Find the code points that matplotlib's own font can draw."""
+    from matplotlib import font_manager
+
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans"))
+    return frozenset(font_manager.get_font(path).get_charmap())
 
 
 def _axes(width: float, height: float) -> "tuple[Figure, Axes]":

@@ -1,7 +1,5 @@
 """Result tables that `isim results` prints, and the page shows, from the reports that there are."""
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +7,11 @@ from typing import Any, NamedTuple
 from isim.errors import UserError
 from isim.params import load
 from isim.reporting import words
+from isim.runtime import atomic, figures
 
 LINKS = """Where to look next
   reports/index.html        every image with its mask, the worst first; open it in a browser
-  reports/                  every figure: metrics.json, CSV tables, pictures
+  reports/                  every figure: figures.csv, other tables, pictures
   data/masks/               the final label map of every image
   data/pseudo_labels/       the label maps of every round, data/cams/ the CAMs
   data/random_walk/         the label maps of the random walk
@@ -50,7 +49,8 @@ def table(root: Path) -> str:
     if said := judged(root):
         parts.append("\n".join(["How far to trust the masks", *(f"  {line}" for line in said)]))
     if not parts:
-        raise UserError(f"{root / 'reports'} holds no results yet; run `dvc repro` first")
+        remedy = "run `dvc repro` first, or `dvc pull` in a clone"
+        raise UserError(f"{root / 'reports'} holds no results yet; {remedy}")
     links = LINKS.format(ui=_UI[(root / "Makefile").exists()])
     return "\n\n".join((*parts, links))
 
@@ -58,22 +58,22 @@ def table(root: Path) -> str:
 def tables(root: Path) -> list[Table]:
     """List the tables of mIoUs; one that would hold none is left out. Errors as of `table`."""
     rounds = root / "reports/train_cam/rounds.csv"
-    final, walk = (root / f"reports/{name}/metrics.json" for name in ("evaluate", "random_walk"))
+    final, walk = (root / f"reports/{name}" for name in ("evaluate", "random_walk"))
     params = root / "params.yaml"
     if params.exists():
         # Not the folders that are there: those of a label set that was taken from the list stay.
         names = [labels.name for labels in load(params).label_sets]
-        segmenters = [root / f"reports/train_segmenter/{name}/metrics.json" for name in names]
+        segmenters = [root / f"reports/train_segmenter/{name}" for name in names]
     else:
         # The dry run of a plan has stages alone.
-        segmenters = sorted(root.glob("reports/train_segmenter/*/metrics.json"))
+        segmenters = sorted(root.glob("reports/train_segmenter/*"))
     makers: list[tuple[Path, Callable[[Path], Table]]] = [
         (rounds, _rounds),
         (final, _final),
         (walk, _walks),
     ]
-    found = [_read(path, make) for path, make in makers if path.exists()]
-    if trained := [path for path in segmenters if path.exists()]:
+    found = [_read(path, make) for path, make in makers if _is_there(path)]
+    if trained := [path for path in segmenters if _is_there(path)]:
         every = [_read(path, _segmenter) for path in trained]
         rows = [every[0].rows[0], *(row for one in every for row in one.rows[1:])]
         found.append(every[0]._replace(rows=rows))
@@ -82,16 +82,21 @@ def tables(root: Path) -> list[Table]:
 
 def judged(root: Path) -> list[str]:
     """Say how far to trust the masks where none can be compared; errors as of `table`."""
-    cam, page = (root / f"reports/{name}/metrics.json" for name in ("train_cam", "report"))
+    cam, page = (root / f"reports/{name}" for name in ("train_cam", "report"))
     said: list[str] = []
     for path, make in ((cam, _learnt), (page, _seen)):
-        if path.exists():
+        if _is_there(path):
             said += _read(path, make)
     return said
 
 
+def _is_there(path: Path) -> bool:
+    """Tell whether there is a table, or a folder with figures of a stage."""
+    return path.is_file() or any((path / name).exists() for name in (figures.FILE, figures.OLD))
+
+
 def _learnt(path: Path) -> list[str]:
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = figures.read(path)
     for split in ("val", "train"):
         if (found := report.get(f"{split}_class_map")) is not None:
             return [f"{words.tags_learnt(found)} on {split}"]
@@ -99,9 +104,9 @@ def _learnt(path: Path) -> list[str]:
 
 
 def _seen(path: Path) -> list[str]:
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = figures.read(path)
     said = []
-    if "agreement" in report:
+    if "compared" in report:
         first, _, second = report["compared"].partition(" and ")
         said.append(words.agree(first, second, report["agreement"]))
     if "stable" in report:
@@ -113,7 +118,7 @@ def _seen(path: Path) -> list[str]:
             f"{report['empty']} of {report['with_mask']} masks are empty in spite of tags, "
             f"{report['covering']} cover everything",
         ]
-    if report["scored_images"]:
+    if report.get("scored_images"):
         bounds = words.interval(report)
         text = f"mIoU of the masks {100 * report['miou']:.1f} % on {report['scored_images']} images"
         said.append(f"{text}, 95 % interval {bounds}" if bounds else text)
@@ -130,8 +135,7 @@ def _read(path: Path, make: Callable[[Path], Any]) -> Any:  # noqa: ANN401 - wha
 
 
 def _rounds(path: Path) -> Table:
-    with path.open(newline="", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
+    found = atomic.read_csv(path)
     scored = [name for name in ("cam_miou", "pseudo_label_miou") if any(_known(found, name))]
     shares = [*scored, *(["coverage"] if any(_known(found, "coverage")) else [])]
     names = {"cam_miou": "CAM", "pseudo_label_miou": "pseudo-label", "coverage": "covers"}
@@ -151,33 +155,38 @@ def _known(rows: Sequence[Mapping[str, str]], name: str) -> list[bool]:
 
 
 def _final(path: Path) -> Table:
-    rows = [("split", "CAM", "CAM, best threshold", "CAM + CRF", "95 % interval")]
-    for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
+    rows: list[tuple[str, ...]] = [
+        ("split", "CAM", "CAM, best threshold", "CAM + CRF", "95 % interval")
+    ]
+    for split, row in _splits(figures.read(path)):
         if not split.startswith("round_"):
-            mious = (figures[name] for name in ("cam_miou", "cam_miou_oracle", "cam_crf_miou"))
-            rows.append((split, *map(_percent, mious), _interval(figures, "cam_crf_miou")))
+            mious = (row.get(name) for name in ("cam_miou", "cam_miou_oracle", "cam_crf_miou"))
+            rows.append((split, *map(_percent, mious), _interval(row, "cam_crf_miou")))
     note = "(the best threshold is chosen on the masks: an upper bound, not a result)"
     return Table("mIoU of the final network, %", rows, (1, 2, 3), note=note)
 
 
 def _walks(path: Path) -> Table:
-    rows = [("split", "walk", "walk + CRF")]
-    for split, figures in json.loads(path.read_text(encoding="utf-8")).items():
-        if isinstance(figures, dict):
-            # Without the dCRF there is no second figure.
-            mious = figures["walk_miou"], figures.get("walk_crf_miou")
-            rows.append((split, *map(_percent, mious)))
+    rows: list[tuple[str, ...]] = [("split", "walk", "walk + CRF")]
+    for split, row in _splits(figures.read(path)):
+        # Without the dCRF there is no second figure.
+        mious = row.get("walk_miou"), row.get("walk_crf_miou")
+        rows.append((split, *map(_percent, mious)))
     return Table("mIoU of the random walk, %", rows, (1, 2))
 
 
 def _segmenter(path: Path) -> Table:
     rows = [("trained on", "split", "mIoU", "95 % interval", "after CRF")]
-    report = json.loads(path.read_text(encoding="utf-8"))
-    for split, figures in report["splits"].items():
-        miou, refined = figures["miou"], figures.get("crf_miou")
-        cells = _percent(miou), _interval(figures, "miou"), _percent(refined)
-        rows.append((report["label_set"], split, *cells))
+    report = figures.read(path)
+    for split, row in _splits(report):
+        miou, refined = row.get("miou"), row.get("crf_miou")
+        cells = _percent(miou), _interval(row, "miou"), _percent(refined)
+        rows.append((path.name, split, *cells))
     return Table("mIoU of the segmenters, %", rows, (2, 4), 2)
+
+
+def _splits(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(split, row) for split, row in found.items() if isinstance(row, dict)]
 
 
 def _tells(found: Table) -> bool:
@@ -191,8 +200,8 @@ def _without_blanks(found: Table) -> Table:
     return found._replace(rows=list(zip(*columns, strict=True)))
 
 
-def _interval(figures: Mapping[str, Any], name: str) -> str:
-    return words.interval(figures, name) or "-"
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    return words.interval(row, name) or "-"
 
 
 def _percent(value: str | float | None) -> str:

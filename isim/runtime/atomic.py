@@ -4,17 +4,22 @@ import contextlib
 import csv
 import ctypes
 import errno
-import io
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from isim.errors import UserError
+
+# What spreadsheets take for the beginning of a formula. Apostrophes before it belong to it: a text
+# that has some gets one more, and so comes back as it was.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 
 @contextlib.contextmanager
@@ -153,10 +158,49 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     """Write rows as CSV, atomically; all have the keys of the first, in its order.
 
     `columns` names them where there may be no row. What is no finite number is an empty cell: not
-    known, rather than a word that programs take for a value.
+    known, rather than a word that programs take for a value. A text that a spreadsheet would run as
+    a formula is marked by an apostrophe, which `read_csv` takes off.
     """
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(columns) or list(rows[0]), lineterminator="\n")
+    write_text(path, csv_text(rows, columns))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Return the CSV that `write_csv` writes."""
+    lines: list[str] = []
+    # The module quotes a line's end in a cell only if it is a character of its own.
+    file = SimpleNamespace(write=lines.append)
+    writer = csv.DictWriter(file, list(columns) or list(rows[0]), lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows({k: "" if _finite(v) is None else v for k, v in row.items()} for row in rows)
-    write_text(path, buffer.getvalue())
+    writer.writerows({name: _marked(value) for name, value in row.items()} for row in rows)
+    return "".join(line[:-2] + "\n" for line in lines)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a file of `write_csv`, its texts as they were; OSError passes."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return parse_csv(stream)
+
+
+def parse_csv(lines: Iterable[str]) -> list[dict[str, str]]:
+    """Read the rows of `csv_text`; a short row has no value (None) of the last columns."""
+    return [
+        {name: value and _unmarked(value) for name, value in row.items() if name is not None}
+        for row in csv.DictReader(lines)
+    ]
+
+
+def _marked(value: Any) -> Any:  # noqa: ANN401 - any cell
+    if not isinstance(value, str):
+        return "" if _finite(value) is None else value
+    return f"'{value}" if _FORMULA.match(value) and not _is_number(value) else value
+
+
+def _unmarked(text: str) -> str:
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

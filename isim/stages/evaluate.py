@@ -151,7 +151,12 @@ def _report(done: _Scores, names: Sequence[str], here: Stage) -> None:
     ]
     atomic.write_csv(here.reports / "sweep.csv", done.sweep, SWEEP)
     atomic.write_csv(here.reports / "confusion.csv", pixels, CONFUSION)
-    atomic.write_json(here.reports / "metrics.json", done.figures)
+    cams = {"cam": "cam_miou", "crf": "cam_crf_miou"}
+    splits = {split: row for split, row in done.figures.items() if "cam_miou" in row}
+    here.figures(
+        done.figures,
+        {key: {split: row[name] for split, row in splits.items()} for key, name in cams.items()},
+    )
     here.tracked.headline(done.headline)
     here.table("per_class", counts.per_class(counted, names), counts.PER_CLASS)
     with here.drawing("per_class.png") as path:

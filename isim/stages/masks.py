@@ -4,14 +4,13 @@ An image has the label map of a label set, where there is one; else that of its 
 where its tags are known; else the segmenter's prediction.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isim import metrics, stage
-from isim.data import files, label_sets, prepared
+from isim.data import label_sets, prepared
 from isim.data.prepared import Item, Prepared
 from isim.errors import UserError
 from isim.models import cam, segmenter
@@ -21,7 +20,7 @@ from isim.passes.journal import Line
 from isim.passes.kept import Kept
 from isim.passes.masks import Writer
 from isim.passes.photographs import BySegmenter, ByTags
-from isim.runtime import atomic, identity, progress
+from isim.runtime import identity, progress
 from isim.stage import Stage
 
 Kinds = dict[str, list[Item]]
@@ -65,13 +64,13 @@ def run(params: Masks, root: Path) -> None:
             kept = keep(network=here.hashes["segmenter"])
             network = _by_segmenter(here, trained, params, data)
             lines += masks.by_segmenter(kept, kinds["segmenter"], network, write)
-        atomic.write_json(here.resume / "masks/classes.json", files.class_list(names))
-        here.publish({"masks": "data/masks"})
         origins = {kind: len(items) for kind, items in kinds.items()}
-        figures = _figures(lines, data, names)
+        figures, ious = _figures(lines, data, names)
+        here.card("masks", params, names, origins | figures)
+        here.publish({"masks": "data/masks"})
         here.log("", {k: v for k, v in figures.items() if isinstance(v, int | float)})
         about = {"labels": params.labels, **origins, **figures}
-        here.report(partial(_report, about), partial(_show, kinds, params))
+        here.report(partial(_report, about, ious), partial(_show, kinds, params))
 
 
 def _kinds(data: Prepared, stored: Mapping[str, Path]) -> Kinds:
@@ -106,25 +105,28 @@ def _require(classes: Sequence[str], data: Prepared, model: str) -> None:
         )
 
 
-def _figures(lines: Sequence[Line], data: Prepared, names: Sequence[str]) -> dict[str, Any]:
-    """Sum up lines: figures of all images and, by `splits`, of each; IoUs where there are masks."""
+def _figures(
+    lines: Sequence[Line], data: Prepared, names: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sum up lines: figures of all images and of each split; IoUs where there are masks."""
     square = (len(names), len(names))
     members = counts.members(data.splits)
     before, after = (counts.totals(lines, k, square, members) for k in ("before", "after"))
     splits: dict[str, dict[str, Any]] = {}
+    ious: list[dict[str, Any]] = []
     for split, ids in members.items():
         own = [line for line in lines if line["id"] in ids]
         splits[split] = _summed(own)
         # Without a pixel of ground truth there is nothing to score.
         if after[split].any():
-            ious = dict(zip(names, metrics.iou(after[split]).tolist(), strict=True))
             splits[split] |= {
                 "scored_images": sum(bool(line["after"]) for line in own),
                 "miou_before": metrics.miou(before[split]),
                 "miou": metrics.miou(after[split]),
-                "iou": {name: value for name, value in ious.items() if math.isfinite(value)},
             }
-    return {**_summed(lines), "splits": splits}
+            rows = metrics.iou_table(names, {"iou": after[split]})
+            ious += [{"split": split, **row} for row in rows]
+    return {**_summed(lines), **splits}, ious
 
 
 def _summed(lines: Sequence[Line]) -> dict[str, Any]:
@@ -138,9 +140,11 @@ def _summed(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def _report(about: Mapping[str, Any], here: Stage) -> None:
-    atomic.write_json(here.reports / "metrics.json", about)
-    found = {name: row["miou"] for name, row in about["splits"].items() if "miou" in row}
+def _report(about: Mapping[str, Any], ious: Sequence[Mapping[str, Any]], here: Stage) -> None:
+    splits = {name: row for name, row in about.items() if isinstance(row, Mapping)}
+    found = {name: row["miou"] for name, row in splits.items() if "miou" in row}
+    here.figures(about, {"masks": found})
+    here.table("per_class", ious, ("split", "class", "iou"))
     here.tracked.headline({f"{name}_mask_miou": value for name, value in found.items()})
     mious = "".join(f", mIoU on {name} {100 * value:.2f}" for name, value in found.items())
     progress.tell(

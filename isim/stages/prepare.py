@@ -72,7 +72,7 @@ def _prepare(params: Prepare, keep: Callable[[Source], Source], here: Stage) -> 
     prepared.remember(home(here.root), outside)
     prepared.remember_splits(home(here.root), source.splits)
     figures, counts = _figures(source, checked), _counts(source, checked)
-    write_json(here.reports / "metrics.json", figures)
+    here.figures(figures, {"images": figures["images"]}, timed=False)
     write_csv(here.reports / "counts.csv", counts)
     here.tracked.metrics(figures)
     here.tracked.table("counts", counts)

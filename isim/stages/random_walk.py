@@ -21,7 +21,7 @@ from isim.passes.counts import Confusions
 from isim.passes.each import Passed
 from isim.passes.walks import Stored
 from isim.reporting import words
-from isim.runtime import atomic, devices, progress
+from isim.runtime import devices, identity, progress
 from isim.stage import Stage
 
 CAPTIONS = {"walk": "random walk", "walk_crf": "walk + dCRF"}
@@ -75,6 +75,9 @@ def run(params: RandomWalk, root: Path) -> None:
                         f"{name}_coverage": counts.coverage(lines, name),
                     }
                 _tell(here, part, figures[part])
+        model = root / source / "model.safetensors"
+        network_md5 = {f"{source}/{model.name}": identity.md5(model)}
+        here.card("labels", params, names, figures, network=network_md5)
         here.publish({"labels": "data/random_walk"})
         stride = {"map_stride": config.map_stride} if params.affinity == "net" else {}
         about = {"affinity": params.affinity, "precision": here.precision, **stride, **figures}
@@ -128,7 +131,8 @@ def _report(
         if counts.counted(found):
             per_class += [{"split": part, **row} for row in metrics.iou_table(names, columns)]
         mious |= {f"{part}_{name}_miou": about[part][f"{name}_miou"] for name in found}
-    atomic.write_json(here.reports / "metrics.json", about)
+    final = "walk_crf" if any("walk_crf" in found for found in confusions.values()) else "walk"
+    here.figures(about, {"walk": {part: about[part][f"{final}_miou"] for part in confusions}})
     here.table("per_class", per_class, ("split", "class"))
     here.tracked.headline(mious)
 

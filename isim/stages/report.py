@@ -6,6 +6,7 @@ no ground truth is needed. What stages have not made is left out.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from isim.reporting import pictures, results
 from isim.reporting.page import content, judge, render, sources
 from isim.reporting.page.judge import Row
 from isim.reporting.page.sources import Places
-from isim.runtime import atomic
+from isim.runtime import atomic, figures
 from isim.stage import Stage
 
 # Threshold where there are no CAMs that tell theirs.
@@ -40,7 +41,7 @@ def run(params: Report, root: Path) -> None:
     made = {item.id: _made(number, item, places) for number, item in enumerate(items)}
     reads = {path: root / path for path in sources.READ}
     with stage.opened("report", params, root, reads=reads) as here:
-        cam = content.metrics(root / "reports/train_cam/metrics.json")
+        cam = figures.read(root / "reports/train_cam")
         cams = root / "data/cams"
         told = (cams / "threshold.json").exists()
         threshold = files.read_threshold(cams) if told else THRESHOLD
@@ -138,7 +139,7 @@ def _report(rows: Sequence[Row], shown: Mapping[str, Any], here: Stage) -> None:
     reports = here.root / "reports"
     here.publish({_INDEX: "reports/index.html"})
     atomic.write_csv(here.reports / "images.csv", rows)
-    atomic.write_json(here.reports / "metrics.json", found)
+    here.figures(found, {"agreement": found.get("agreement", nan)})
     here.table("classes", shown["classes"])
     here.tracked.headline({k: v for k, v in found.items() if isinstance(v, int | float)})
     page = render.page(

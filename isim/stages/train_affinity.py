@@ -99,13 +99,13 @@ def _skip(params: TrainAffinity, root: Path) -> None:
 def _report_skipped(why: str, here: Stage) -> None:
     atomic.make_directory(here.reports / "pictures")
     atomic.write_text(here.reports / "epochs.csv", "epoch\n")
-    atomic.write_json(here.reports / "metrics.json", {"skipped": why})
+    here.figures({"skipped": why}, {})
 
 
 def _report(about: Row, epochs: Sequence[Row], here: Stage) -> None:
     last = {k: v for k, v in epochs[-1].items() if k.endswith("loss")}
     atomic.write_csv(here.reports / "epochs.csv", epochs)
-    atomic.write_json(here.reports / "metrics.json", about | last)
+    here.figures(about | last, {})
     here.tracked.headline({"loss": last["loss"], "sure_accuracy": about["sure_accuracy"]})
     here.tracked.artifact_file(here.reports / "epochs.csv")
     here.register("affinity", "models/train_affinity/model.safetensors")

@@ -6,6 +6,7 @@ Paper Algorithm 1: warm-up, then rounds of pseudo-labels.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from isim.params import TrainCam
 from isim.passes import cams, classification, pseudo_labels, seeds
 from isim.passes.features import Features
 from isim.reporting import pictures, plots, words
-from isim.runtime import atomic, devices, progress
+from isim.runtime import atomic, devices, identity, progress
 from isim.runtime.paths import home, resolve_path
 from isim.stage import Stage
 from isim.training import batches, heads, loop, rounds
@@ -32,6 +33,7 @@ from isim.training.rounds import Rounds
 from isim.training.steps import CamStep
 
 MIOUS = ("cam_miou", "pseudo_label_miou")
+HEADLINE = ("rounds", *MIOUS, "val_class_map")
 TAGS = ("id", "class", "tagged", "probability", "usual")
 
 
@@ -73,13 +75,13 @@ def run(params: TrainCam, root: Path) -> None:
             made, final, disputed = _frozen(here, network, config, params, **given, started=started)
         else:
             made, final, disputed = _trained(here, network, config, params, **given)
-        threshold = made.rows[-1]["threshold"]
-        config = replace(made.config, threshold=threshold)
+        config = replace(made.config, threshold=made.rows[-1]["threshold"])
         common.save(here.resume / "models/model.safetensors", network, config)
         here.log("final_train", final)
+        _cards(here, made, params, data.classes)
         here.publish({"models": "models/train_cam", "pseudo_labels": "data/pseudo_labels"})
-        supervision = encoder.supervision(params.encoder, params.weights)
-        supervision = supervision if started is None else started.supervision
+        own = encoder.supervision(params.encoder, params.weights)
+        supervision = own if started is None else started.supervision
         here.tracked.tag("supervision", supervision)
         about = {
             "method": params.method,
@@ -91,7 +93,7 @@ def run(params: TrainCam, root: Path) -> None:
             "images": len(items),
             "scored_images": sum(item.mask is not None for item in items),
             "rounds": len(made.rows),
-            "threshold": threshold,
+            "threshold": config.threshold,
             **{name: made.rows[-1][name] for name in (*MIOUS, "masked_share", "coverage")},
             # `train_` is of the last epoch's crops, `final_train_` and `val_` of whole images.
             **{k: v for k, v in made.epochs[-1].items() if k.startswith(("train_", "val_"))},
@@ -123,6 +125,21 @@ def _origin(here: Stage, params: TrainCam, started: Started | None) -> Row:
     found = "none" if started is None else started.identity
     here.tracked.tag("started_from", found)
     return {"started_from": found, "started_from_round": 0 if started is None else started.rounds}
+
+
+def _cards(
+    here: Stage, made: Rounds | FrozenRounds, params: TrainCam, classes: Sequence[str]
+) -> None:
+    """Tell in the folder of each round which network made its label maps."""
+    for row in made.rows:
+        name = rounds.name(row["round"])
+        model = here.resume / "models" / f"{name}.safetensors"
+        if not model.exists():
+            # Method frozen without rounds of a head.
+            model = model.with_name("classifier.safetensors")
+        figures = {key: value for key, value in row.items() if key != "round"}
+        about = {"round": row["round"], "network": {model.name: identity.md5(model)}}
+        here.card(f"pseudo_labels/{name}", params, ("background", *classes), figures, **about)
 
 
 def _trained(
@@ -310,7 +327,7 @@ def _report(about: Row, made: Rounds | FrozenRounds, disputed: Sequence[Row], he
         atomic.write_csv(here.reports / f"{name}.csv", rows)
     atomic.write_csv(here.reports / "miou.csv", mious, columns)
     atomic.write_csv(here.reports / "tags.csv", disputed, TAGS)
-    atomic.write_json(here.reports / "metrics.json", about)
+    here.figures(about, {name: about.get(name, nan) for name in HEADLINE})
     here.table("per_class", made.per_class, ("round", "class"))
     here.tracked.headline({name: about[name] for name in MIOUS})
     here.tracked.artifact_file(here.reports / "rounds.csv")

@@ -78,18 +78,18 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         processes.barrier()
         known = counts.members(data.splits)
         found = _predicted(here, source, config, tested, params=params, name=name, known=known)
+        names = ("background", *data.classes)
+        _card(here, params, name, found, names=names)
         here.publish(
             {"model": f"models/train_segmenter/{name}", "predictions": f"data/predictions/{name}"}
         )
-        supervision = encoder.supervision(params.encoder, params.weights)
-        here.tracked.tag("supervision", supervision)
         about = {
             "label_set": name,
             "method": params.method,
             "encoder": params.encoder,
-            "supervision": supervision,
+            "supervision": encoder.supervision(params.encoder, params.weights),
             "weights_md5": here.hashes.get("weights"),
-            "decoder_weights": decoder_weights,
+            "decoder_weights": _told(decoder_weights),
             "precision": here.precision,
             # Which round the last one was.
             "labels": stored[items[0].id].parent.name,
@@ -97,10 +97,31 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
             "images_without_labels": len(everything) - len(items),
             "trusted_masks": len(trusted),
         }
-        names = ("background", *data.classes)
+        here.tracked.tag("supervision", str(about["supervision"]))
         here.report(
             partial(_report, about, epochs, found, names=names), partial(_show, tested, params)
         )
+
+
+def _card(
+    here: Stage,
+    params: TrainSegmenter,
+    name: str,
+    found: Mapping[str, Predicted],
+    *,
+    names: Sequence[str],
+) -> None:
+    """Tell in the folder of the predictions which network made them."""
+    rows = {split: result.row() for split, result in found.items()}
+    network = {Path(_MODEL).name: identity.md5(here.resume / _MODEL)}
+    here.card("predictions", params, names, rows, label_set=name, network=network)
+
+
+def _told(loaded: Mapping[str, Sequence[str]] | None) -> str | None:
+    """Put into words which weights of the decoder the file lacked or had besides."""
+    if loaded is None:
+        return None
+    return "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in loaded.items())
 
 
 def _trusted(params: TrainSegmenter, name: str, items: Sequence[Item]) -> dict[str, Path]:
@@ -206,9 +227,10 @@ def _report(
     """Write a row an epoch and a class, the headline, and plots."""
     splits = {split: result.row() for split, result in found.items()}
     confusions = predictions.confusions(found)
-    last = {"loss": epochs[-1]["loss"], "splits": splits}
+    last = {"loss": epochs[-1]["loss"], **splits}
     atomic.write_csv(here.reports / "epochs.csv", epochs)
-    atomic.write_json(here.reports / "metrics.json", about | last)
+    mious = {split: row["miou"] for split, row in splits.items()}
+    here.figures(about | last, {about["label_set"]: mious})
     here.table("per_class", counts.per_class(confusions, names), counts.PER_CLASS)
     here.tracked.headline(
         {f"{s}_{k}": v for s, row in splits.items() for k, v in row.items() if k.endswith("miou")}

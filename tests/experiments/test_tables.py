@@ -1,7 +1,6 @@
 """Tables: which run fills which cell, blanks, the three forms, wrong names."""
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -15,6 +14,7 @@ from isim import cli
 from isim.experiments import cells, tables
 from isim.experiments.runs import Run
 from isim.params import SHARED
+from isim.runtime import figures, identity
 
 PAPER = cells.load()
 TABLES = {table.name: table for table in PAPER.tables}
@@ -283,10 +283,9 @@ def printed(monkeypatch, capsys):
 def test_the_command_reads_the_workspace_and_prints_commands(printed, tmp_path, monkeypatch):
     run = run_of(ONE, 0.4321)
     for path, report in run.reports.items():
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(json.dumps(report))
+        figures.write((tmp_path / path).parent, report, 1.5)
         (out,) = (out for out in run.lock[path][0]["outs"] if out["path"] == path)
-        out["md5"] = hashlib.md5(json.dumps(report).encode()).hexdigest()
+        out["md5"] = identity.md5(tmp_path / path)
     stages = {str(id(stage)): stage for stage, _ in run.lock.values()}
     (tmp_path / "dvc.lock").write_text(json.dumps({"stages": stages}))
     # There is no git.

@@ -166,7 +166,7 @@ def test_from_a_devkit_with_a_test_set_to_the_archive(project, tiny):
     )
     with devices.intra_op_threads(1):
         train_segmenter.run(section, "ground_truth", project)
-    figures = read_report(project, "train_segmenter/ground_truth")["splits"]
+    figures = read_report(project, "train_segmenter/ground_truth")
     assert (figures["test"]["images"], figures["test"]["scored_images"]) == (2, 0)
     assert figures["test"]["miou"] is None and figures["test"]["crf_miou"] is None
     assert figures["val"]["miou"] is not None

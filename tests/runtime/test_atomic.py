@@ -2,11 +2,15 @@
 
 import csv
 import errno
+import io
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from isim.errors import UserError
 from isim.runtime import atomic
@@ -115,6 +119,16 @@ def test_csv_comes_back(tmp_path):
         assert list(csv.DictReader(file)) == [rows[0] | {"miou": "0.1"}, rows[1] | {"miou": ""}]
     atomic.write_csv(tmp_path / "b.csv", [], ("id", "miou"))
     assert (tmp_path / "b.csv").read_text() == "id,miou\n"
+
+
+@given(st.lists(st.text(), min_size=1))
+@example(["=1+1", "'=1+1", "+a", "-b", "@c", "\tx", "\r=1", "'", "''-", "-5", "+.5", "a\n=1", ""])
+def test_texts_come_back_and_none_is_a_formula(texts):
+    rows = [{"id": text, "b": 1} for text in texts]
+    written = atomic.csv_text(rows)
+    assert [row["id"] for row in atomic.parse_csv(io.StringIO(written, newline=""))] == texts
+    for row in csv.DictReader(io.StringIO(written, newline="")):
+        assert not row["id"].startswith(tuple("=+-@\t\r\n")) or math.isfinite(float(row["id"]))
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

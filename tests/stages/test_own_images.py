@@ -1,6 +1,5 @@
 """A person's own images through all stages: negatives, one class, subfolders, names of any kind."""
 
-import json
 import re
 import shutil
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.images import photo
-from support.projects import items_of, read_rows
+from support.projects import items_of, read_report, read_rows
 from support.sections import of_frozen
 
 from isim.data import prepared
@@ -76,7 +75,7 @@ def test_prepared_data_tells_what_is_known(own):
     assert new.image_label is None and new.id == "new/untagged"
     turned = next(item for item in data.split("train") if item.id == "deep/er/日本")
     assert read_image(turned.image).shape == (64, 48, 3)
-    assert json.loads((root / "reports/prepare/metrics.json").read_text())["train.negatives"] == 3
+    assert read_report(root, "prepare")["train.negatives"] == 3
     with pytest.raises(UserError, match=r"no split 'val'.*eval_split may also be none"):
         data.split("val")
 

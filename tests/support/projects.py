@@ -8,6 +8,7 @@ import pytest
 
 from isim import metrics
 from isim.data import files, prepared
+from isim.runtime import figures
 
 
 def items_of(root, split="train"):
@@ -20,11 +21,18 @@ def read_rows(path):
 
 
 def read_report(root, stage):
+    """Read the figures of a stage; its headline must be JSON."""
+
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
-    text = (root / "reports" / stage / "metrics.json").read_text()
-    return json.loads(text, parse_constant=refuse)
+    folder = root / "reports" / stage
+    json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+    return figures.read(folder)
+
+
+# What tells of a folder of label maps, beside them.
+CARDS = {"card", "classes"}
 
 
 def names_in(folder):

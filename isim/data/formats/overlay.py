@@ -16,6 +16,8 @@ from isim.runtime.atomic import atomic_path
 # Longer side of what is written, in pixels: overlays are looked at, not computed with.
 LARGEST = 1600
 _SHARE = 0.5
+# Characters of a name in the legend; code points from which on Pillow's own font has few.
+_LONGEST, _OTHER_SCRIPTS = 40, 0x180
 
 
 def write_overlays(data: LabelledSet, folder: Path) -> int:
@@ -64,6 +66,7 @@ def drawn(
 def _legend(shares: NDArray[np.float64], names: Sequence[str], width: int) -> NDArray[np.uint8]:
     """Draw the classes that occur, as many lines of them as need be: (h, width, 3) uint8."""
     font = ImageFont.load_default(size=14)
+    names = [_drawable(name) for name in names]
     entries = [(v, f"{names[v]} {_percent(shares[v])}") for v in range(1, len(names)) if shares[v]]
     if shares[IGNORE]:
         entries.append((IGNORE, f"not sure {_percent(shares[IGNORE])}"))
@@ -87,6 +90,14 @@ def _legend(shares: NDArray[np.float64], names: Sequence[str], width: int) -> ND
         if not entries:
             draw.text((4, top + 11), f"{names[0]} alone", "black", font, anchor="lm")
     return np.asarray(sheet)
+
+
+def _drawable(name: str) -> str:
+    """Return a name as Pillow's font has it: another script by its code points, cut if long."""
+    cut = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
+    return "".join(
+        c if c.isprintable() and ord(c) < _OTHER_SCRIPTS else f"\\u{ord(c):04x}" for c in cut
+    )
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,5 @@
 """Content of the page: what its template shows, read from reports that may be missing."""
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -16,6 +14,7 @@ from isim.reporting import words
 from isim.reporting.page import charts
 from isim.reporting.page.charts import Chart
 from isim.reporting.page.judge import Row
+from isim.runtime import atomic
 
 # A table of pairs of more classes than these is too wide: the most frequent pairs are listed.
 WIDE, PAIRS = 20, 20
@@ -34,14 +33,7 @@ def rows(path: Path) -> list[dict[str, str]]:
     """Read a CSV table; no rows where there is none."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def metrics(path: Path) -> dict[str, Any]:
-    """Read a metrics.json; empty where there is none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return atomic.read_csv(path)
 
 
 def colors(count: int) -> list[str]:

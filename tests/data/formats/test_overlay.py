@@ -1,6 +1,7 @@
 """Overlays: colours where the mask is, a legend of what occurs, a bounded size."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from isim.data.files import voc_palette
@@ -31,6 +32,17 @@ def test_the_legend_has_the_classes_that_occur(written):
     assert not {apple, cat} & colours(label)
     label[:5, :5] = 3
     assert cat in colours(label) and apple not in colours(label)
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [("猫", r"\u732b"), ("a\nb", r"a\u000ab"), ("Käfer", "Käfer"), ("$x$", "$x$")],
+)
+def test_a_name_of_another_script_is_its_code_points(name, drawn):
+    image, label = np.zeros((40, 300, 3), np.uint8), np.ones((40, 300), np.uint8)
+    names = [["background", text] for text in (name, drawn, "else")]
+    found, same, other = (overlay.drawn(image, label, known) for known in names)
+    assert (found == same).all() and not (found.shape == other.shape and (found == other).all())
 
 
 def test_a_photograph_is_made_small_and_a_narrow_one_has_lines(written):
