@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STORE := from pathlib import Path; from isim.reporting import store; \
   uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
 
-.PHONY: demo repository demo-evidence test lint ui bench torture docs database
+.PHONY: demo repository demo-evidence test lint ui bench torture fuzz docs database
 
 demo: repository database
 	dvc repro
@@ -44,8 +44,16 @@ ui: $(INSTALLED)
 database: $(INSTALLED)
 	@python -c '$(STORE)' >/dev/null
 
+# Damaged files for every reader, five minutes; other ones from another FIRST on.
+fuzz: $(INSTALLED)
+	PYTHONPATH=tests python -m support.fuzz --minutes $(or $(MINUTES),5) --first $(or $(FIRST),1000)
+
 bench: $(INSTALLED)
 	python benchmarks/all.py
+
+# Outside the suite: twenty kills at random moments take about ten minutes.
+torture: $(INSTALLED)
+	python benchmarks/torture.py
 
 # Outside the suite: twenty kills at random moments take about ten minutes.
 torture: $(INSTALLED)

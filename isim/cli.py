@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` and wrong usag
 """
 
 import ast
+import contextlib
 import errno
 import inspect
 import io
@@ -11,6 +12,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,8 +22,12 @@ from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 
+from isim import errors
 from isim.errors import UserError
 from isim.runtime.ending import watch_signals
+
+# Characters of an error that nobody foresaw, which leave room for the file that tells the rest.
+_TOLD = 140
 
 app = typer.Typer(
     help="ISIM: from image-level tags to segmentation pseudo-labels. `dvc repro` runs the stages "
@@ -209,7 +217,7 @@ def results() -> None:
 
 @_command
 def masks_wanted(
-    count: Annotated[int, typer.Argument(min=1, help="How many images.")] = 20,
+    count: Annotated[int, typer.Argument(min=1, max=1_000_000, help="How many images.")] = 20,
     split: Annotated[str | None, typer.Option(help="Of this split alone.")] = None,
 ) -> None:
     """List the images whose masks would tell most, and where to put them."""
@@ -293,7 +301,7 @@ class _Predict:
     ] = None
     side: Annotated[
         int | None,
-        typer.Option(min=64, help="Longer side to work at; default: masks.side."),
+        typer.Option(min=64, max=8192, help="Longer side to work at; default: masks.side."),
     ] = None
     cleaned: Annotated[
         bool, typer.Option("--clean/--no-clean", help="Remove specks, fill holes.")
@@ -414,7 +422,7 @@ def _run(stage: str, *arguments: str) -> None:
 
 def _note(lines: list[str]) -> None:
     for line in lines:
-        typer.echo(f"isim: note: {line}", err=True)
+        typer.echo(f"isim: note: {errors.one_line(line)}", err=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -463,10 +471,11 @@ def main() -> None:
         if isinstance(error, UserError):
             _fail(str(error))
         if not _disk_is_full(error):
-            raise
+            _tell_unknown(error)
         name = getattr(error, "filename", None)
         where = f" while writing {name}" if name else ""
-        _fail(f"no space left on the disk{where}; free some and run the same command again")
+        full = f"no space left on the disk{where}; free some and run the same command again"
+        _fail(errors.one_line(full))
     finally:
         # What libraries do at the end is interrupted without a word.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -490,6 +499,41 @@ def _disk_is_full(error: Exception) -> bool:
         return True
     # Libraries written in other languages wrap the same condition in errors of their own.
     return "No space left on device" in str(error)
+
+
+def _tell_unknown(error: Exception) -> NoReturn:
+    """Keep the traceback of an error that nobody foresaw in a file, and end with one line on it."""
+    lines = "".join(traceback.format_exception(error))
+    told = errors.one_line(f"{type(error).__name__}: {errors.reason(error)}", _TOLD)
+    try:
+        path = _errors_file()
+        path.write_text(errors.without_secrets(lines), encoding="utf-8", errors="backslashreplace")
+        where = f"a fault of isim's: please report it with {path}"
+    except OSError as unwritable:
+        where = f"a fault of isim's, whose traceback cannot be kept ({errors.reason(unwritable)})"
+    print(f"isim: error: {errors.one_line(f'{told}; {where}')}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _errors_file() -> Path:
+    """A new file of the project, readable by its user alone; elsewhere than in a project, of /tmp.
+
+    OSError where neither can be written.
+    """
+    from isim.runtime.paths import home
+
+    with contextlib.suppress(OSError):
+        if Path("params.yaml").exists():
+            folder = home(Path.cwd()) / ".isim/errors"
+            folder.mkdir(parents=True, exist_ok=True)
+            return _new_file(folder)
+    return _new_file(None)
+
+
+def _new_file(folder: Path | None) -> Path:
+    number, name = tempfile.mkstemp(".txt", time.strftime("isim-%Y%m%d-%H%M%S-"), folder)
+    os.close(number)
+    return Path(name)
 
 
 def _fail(message: str) -> NoReturn:

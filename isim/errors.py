@@ -1,9 +1,183 @@
-"""The one exception that reaches the user as a single line and exit code 2."""
+"""Errors that reach the user as one line with exit code 2, and the boundary that all readers share.
+
+Files come from anywhere: a reader opens them by `opened`, `contents` or `text`, which take regular
+files of a bounded size alone, and stands inside `reading`, which turns whatever its parsers stumble
+over into one line that names the file and what to do.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Characters of a message, and of a value that a parser's own words may quote.
+LONGEST, _QUOTED = 285, 100
+# Bytes of small files (JSON, lists of a project), of tables and lists of people, and of any file.
+SMALL, TABLE, LARGE = 64 << 20, 256 << 20, 64 << 30
+# Characters of a line of a list or a table.
+LINE = 1 << 20
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class UserError(Exception):
     """A mistake the user can mend: bad parameter, missing file, unusable data.
 
     The message says what is wrong, where, and what to do. `isim.cli` prints it without a
-    traceback and exits with code 2.
+    traceback and exits with code 2. As a text it is one line of `LONGEST` characters at most; each
+    of the `details`, where there are any, is one more line.
     """
+
+    def __init__(self, message: str, *details: str) -> None:
+        """Keep the lines as they are given."""
+        super().__init__(message, *details)
+
+    def __str__(self) -> str:
+        """Return the message as `one_line` makes it, and the details below it."""
+        return "\n  ".join(one_line(str(part)) for part in self.args)
+
+
+# What stands before the host of an address, whatever characters a password has, and in its query.
+_SECRETS = re.compile(r"(?<=://)[^\s'\"]*@|(?<=[?&])(password|token|secret)=[^&\s'\"]*", re.I)
+
+
+def without_secrets(text: str) -> str:
+    """Leave out of a text what its addresses tell of names and passwords."""
+    return _SECRETS.sub(lambda found: f"{found[1]}=***" if found[1] else "***@", text)
+
+
+def printable(text: str) -> str:
+    r"""Write control characters, those that turn text around, and lone surrogates as \x1b.
+
+    A file's name must neither steer a terminal nor begin a line of its own.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """Return a text as one printable line of at most `longest` characters.
+
+    The middle of long words, such as paths, is cut first, then what stands before the remedy, which
+    is the part behind the last semicolon. Passwords of addresses are left out.
+    """
+    # A text of megabytes is not worth escaping as a whole.
+    text = printable(without_secrets(cut(text.strip(), 16 * longest)))
+    for most in (120, 80, 50):
+        if len(text) <= longest:
+            return text
+        words = re.split(r"(\s+)", text)
+        text = "".join(cut(word, most) for word in words)
+    head, mark, remedy = text.rpartition("; ")
+    if not mark or len(remedy) > longest * 2 // 3:
+        return cut(text, longest)
+    return f"{cut(head, longest - len(remedy) - len(mark))}{mark}{remedy}"
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most `most` characters, whose middle is left out if it was longer."""
+    if len(text) <= most:
+        return text
+    tail = (most - 3) // 2
+    return f"{text[: most - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words what went wrong: a parser's own first line, or the kind of error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(error, KeyError):
+        return f"no {cut(printable(str(error)), _QUOTED)}"
+    lines = str(error).strip().splitlines()
+    return cut(printable(lines[0]), _QUOTED) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(what: object, remedy: str, is_: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong in the block into a UserError on `what`, with the `remedy`.
+
+    `is_` says what it is then, such as "is damaged"; without, it cannot be read. A UserError passes
+    as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{what} is missing; {remedy}") from error
+    # Parsers meet damage with whatever their code stumbles over.
+    except Exception as error:
+        told = f"{what} {is_}" if is_ else f"cannot read {what}"
+        raise UserError(f"{told} ({reason(error)}); {remedy}") from error
+
+
+def regular(path: Path, most: int = LARGE) -> os.stat_result:
+    """Check that a path is a regular file of at most `most` bytes, without opening it.
+
+    Raises UserError if it is not, and OSError as `Path.stat`.
+    """
+    return _checked(path, path.stat(), most)
+
+
+@contextlib.contextmanager
+def opened(path: Path, most: int = LARGE) -> Iterator[io.BufferedReader]:
+    """Open a regular file of at most `most` bytes; nothing is waited for, as a pipe's writer is.
+
+    Raises UserError for anything else, and OSError as `open`.
+    """
+    regular(path, most)
+    # Another file may have taken its place meanwhile.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        _checked(path, os.fstat(stream.fileno()), most)
+        yield stream
+
+
+def _checked(path: Path, status: os.stat_result, most: int) -> os.stat_result:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise UserError(
+            f"{path} is {_KINDS.get(kind, 'no regular file')}, not a file; remove it, or name a "
+            "regular file"
+        )
+    if status.st_size > most:
+        raise UserError(
+            f"{path} has {status.st_size / 1e6:,.1f} MB, more than the {most / 1e6:,.1f} MB that "
+            "such a file can have; replace it"
+        )
+    return status
+
+
+def contents(path: Path, most: int = SMALL) -> bytes:
+    """Read a file; errors as of `opened`."""
+    with opened(path, most) as stream:
+        # Some files of the system are longer than they tell.
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{path} is longer than such a file can be; replace it")
+    return data
+
+
+def text(path: Path, most: int = SMALL) -> str:
+    """Read a file of UTF-8; UnicodeDecodeError if it is none, other errors as of `opened`."""
+    # Newlines as `Path.read_text` has them.
+    return contents(path, most).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def json_of(path: Path, most: int = SMALL) -> Any:  # noqa: ANN401 - any JSON value
+    """Read a JSON file; ValueError or RecursionError if it is none, other errors as of `opened`."""
+    return json.loads(text(path, most))

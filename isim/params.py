@@ -5,6 +5,7 @@ There are no defaults: params.yaml has all values, and says beside them what eac
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,19 +24,55 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim import errors
 from isim.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Bytes of a params.yaml: ruamel reads a megabyte in ten seconds.
+_MOST_BYTES = 256 << 10
+
+
+def _as_tuple(value: object) -> object:
+    """Take a YAML list for a tuple, and nothing else: sections are strict."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _whole(value: object) -> object:
+    # To Python, and so to a Literal, True is 1 and 8.0 is 8.
+    if isinstance(value, bool | float):
+        raise ValueError(f"must be a whole number, got {value}")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"'{value}' has control characters; take them out")
+    return value
+
+
+# Every number has bounds, which real use never meets: what is beyond is a slip of the keyboard, and
+# would fill the memory, or the week, before anybody notices.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Few = Annotated[int, Field(ge=1, le=1000)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+MaybeEpochs = Annotated[int, Field(ge=0, le=100_000)]
+Batch = Annotated[int, Field(ge=1, le=16384)]
+Channels = Annotated[int, Field(ge=1, le=8192)]
+Pictures = Annotated[int, Field(ge=0, le=1000)]
+Crop = Annotated[int, Field(ge=32, le=4096)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+List = BeforeValidator(_as_tuple)
+Whole = BeforeValidator(_whole)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 # Background plane of CAMs; auto is chosen without masks, see `passes.seeds.choose_threshold`.
 Threshold = Literal["auto"] | Fraction
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Width = Annotated[float, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(gt=0, le=4)]
-Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
-Splits = Annotated[tuple[str, ...], Field(min_length=1)]
+Width = Annotated[float, Field(ge=1e-4, le=10_000)]
+Rate = Annotated[float, Field(ge=0, le=10_000)]
+Level = Annotated[float, Field(ge=-1e9, le=1e9)]
+Scale = Annotated[float, Field(ge=0.05, le=4)]
+Scales = Annotated[tuple[Scale, ...], List, Field(min_length=1, max_length=32)]
+Splits = Annotated[tuple[Text, ...], List, Field(min_length=1, max_length=32)]
 Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
 # Patches a side of a grid whose affinities are walked along: 1 GB of those of all pairs.
@@ -49,9 +87,12 @@ def chosen(threshold: str | float) -> float:
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown names are errors, no defaults."""
+    """Base of all sections: immutable, unknown names are errors, no defaults.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    Types are strict: `true` is no number, `"2"` none, and 2.0 no whole one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 def _distinct(splits: tuple[str, ...]) -> tuple[str, ...]:
@@ -76,8 +117,8 @@ def _ordered(low: str, high: str, unequal: str = "") -> Any:  # noqa: ANN401 - p
 class Shapes(Section):
     """Generated data set (spec 2): counts of images and their side in pixels."""
 
-    train: Positive
-    val: Positive
+    train: Count
+    val: Count
     size: Annotated[int, Field(ge=64, le=512)]
 
 
@@ -85,15 +126,15 @@ class Prepare(Section):
     """Source of the images."""
 
     source: Literal["shapes", "voc", "coco", "folder"]
-    root: str
-    labels: str
+    root: Text
+    labels: Text
     download: bool
     sbd: bool
     val_fraction: BelowOne
-    seed: NonNegative
+    seed: Seed
     unreadable: Literal["error", "skip"]
-    mask_values: dict[Annotated[int, Field(ge=0, le=255)], str]
-    sixteen_bit: Literal["refuse"] | tuple[float, float]
+    mask_values: Annotated[dict[Annotated[int, Field(ge=0, le=255)], Text], Field(max_length=256)]
+    sixteen_bit: Literal["refuse"] | Annotated[tuple[Level, Level], List]
     shapes: Shapes
 
     @model_validator(mode="after")
@@ -125,7 +166,11 @@ class Features(Section):
     of the encoder's last maps the heads see.
     """
 
-    sides: Annotated[tuple[Annotated[int, Field(ge=32, le=4096)], ...], Field(min_length=1)]
+    sides: Annotated[
+        tuple[Annotated[int, Field(ge=32, le=4096)], ...],
+        List,
+        Field(min_length=1, max_length=16),
+    ]
     stages: Annotated[int, Field(ge=1, le=3)]
 
     @field_validator("sides")
@@ -153,10 +198,10 @@ class Head(Section):
     """Head of a network whose encoder is frozen, trained by AdamW on patches of cached features."""
 
     kind: Literal["linear", "mlp"]
-    width: Positive
+    width: Channels
     dropout: BelowOne
-    batch: Positive
-    steps: Positive
+    batch: Annotated[int, Field(ge=1, le=1 << 20)]
+    steps: Count
     rate: Rate
     weight_decay: Rate
 
@@ -165,7 +210,7 @@ class FrozenLoop(Section):
     """The loop of method `frozen`: a classifier, its walked CAMs, rounds of a head."""
 
     pooling: Literal["gap", "mil"]
-    classifier_steps: Positive
+    classifier_steps: Count
     classifier_rate: Rate
     affinity: Literal["none"] | DenseAffinity
     threshold: Threshold
@@ -194,7 +239,7 @@ class Optimizer(Section):
     decoder_rate: Rate
     classifier_rate: Rate
     poly_power: Rate
-    poly_epochs: NonNegative
+    poly_epochs: MaybeEpochs
 
     @model_validator(mode="after")
     def _profile_names_its_values(self) -> Self:
@@ -220,18 +265,18 @@ class Sgd(Section):
 class Training(Section):
     """Parameters that all trainings have."""
 
-    split: str
-    seed: NonNegative
-    encoder: str
-    weights: str
-    output_stride: Literal[8, 16, 32]
+    split: Text
+    seed: Seed
+    encoder: Text
+    weights: Text
+    output_stride: Annotated[Literal[8, 16, 32], Whole]
     input_norm: Literal["encoder", "unit"]
-    crop: Annotated[int, Field(ge=32)]
-    batch: Positive
-    epochs: Positive
+    crop: Crop
+    batch: Batch
+    epochs: Epochs
     precision: Precision
     compile: bool
-    pictures: NonNegative
+    pictures: Pictures
 
 
 METHODS = ("frozen", "cam", "deeplabcam", "unetcam_learnable", "unetcam_bilinear")
@@ -246,36 +291,36 @@ def _known_method(method: str) -> str:
     return method
 
 
-Method = Annotated[str, AfterValidator(_known_method)]
+Method = Annotated[Text, AfterValidator(_known_method)]
 
 
 class Converged(Section):
     """Rule by which losses have converged; `isim.training.rounds.converged` states the rule."""
 
-    patience: Positive
+    patience: Epochs
     tolerance: BelowOne
-    cap: Positive
+    cap: Epochs
 
 
 class TrainCam(Training):
     """The ISIM loop (spec 3)."""
 
     method: Method
-    eval_split: str
+    eval_split: Text
     encoder_norm: Norm
-    atrous_rates: tuple[Positive, Positive, Positive]
-    decoder_channels: Positive
-    warmup_epochs: Positive
+    atrous_rates: Annotated[tuple[Few, Few, Few], List]
+    decoder_channels: Channels
+    warmup_epochs: Epochs
     round_rule: Literal["frequency", "convergence"]
-    round_every: Positive
+    round_every: Epochs
     convergence: Converged
-    score_every: NonNegative
+    score_every: MaybeEpochs
     segmentation_weight: Rate
     optimizer: Optimizer
     scales: Scales
     flip: bool
     threshold: Threshold
-    start: str
+    start: Text
     decoder_labels: bool
     frozen: FrozenLoop
     features: Features
@@ -345,9 +390,9 @@ class TrainSegmenter(Training):
     method: Literal["deeplabv2", "deeplabv3", "frozen"]
     eval_splits: Annotated[Splits, AfterValidator(_distinct)]
     allow_decoder_weights: bool
-    output_stride: Literal[8, 16]
+    output_stride: Annotated[Literal[8, 16], Whole]
     encoder_norm: Norm
-    decoder_channels: Positive
+    decoder_channels: Channels
     scale_min: Scale
     scale_max: Scale
     optimizer: Sgd
@@ -369,7 +414,7 @@ class ExportCams(Section):
     splits: Splits
     scales: Scales
     flip: bool
-    stride: Literal[1, 2, 4, 8]
+    stride: Annotated[Literal[1, 2, 4, 8], Whole]
     threshold: Threshold
     precision: Precision
 
@@ -377,7 +422,7 @@ class ExportCams(Section):
 class TrainAffinity(Sgd, Training):
     """AffinityNet (paper 4.1.6; spec 6). `affinity` is random_walk's: only `net` needs training."""
 
-    stride: Literal[4, 8]
+    stride: Annotated[Literal[4, 8], Whole]
     radius: Annotated[int, Field(ge=2, le=10)]
     foreground_threshold: Fraction
     background_threshold: Fraction
@@ -393,15 +438,15 @@ class RandomWalk(Section):
     splits: Splits
     affinity: Affinity
     dense_walk: DenseWalk
-    beta: Positive
+    beta: Few
     steps_log2: Annotated[int, Field(ge=0, le=12)]
     background: Literal["power", "constant"]
-    alpha: Positive
+    alpha: Few
     threshold: Fraction
     crf_after: bool
     crf: Crf
     precision: Precision
-    pictures: NonNegative
+    pictures: Pictures
 
 
 class Masks(Section):
@@ -412,8 +457,8 @@ class Masks(Section):
     `test_scales`, `test_flip` and `segmenter_crf` train_segmenter's.
     """
 
-    labels: str
-    segmenter: str
+    labels: Text
+    segmenter: Text
     crf_after: bool
     side: Annotated[int, Field(ge=64, le=8192)]
     least_area: BelowOne
@@ -425,7 +470,7 @@ class Masks(Section):
     segmenter_crf: Crf
     crf: Crf
     precision: Precision
-    pictures: NonNegative
+    pictures: Pictures
 
     @field_validator("labels")
     @classmethod
@@ -444,9 +489,9 @@ class Evaluate(Section):
     threshold: Threshold
     sweep_start: Fraction
     sweep_stop: Fraction
-    sweep_step: Fraction
+    sweep_step: Annotated[float, Field(ge=0.001, lt=1)]
     crf: Crf
-    pictures: NonNegative
+    pictures: Pictures
 
     _sweep_is_a_range = _ordered("sweep_start", "sweep_stop")
 
@@ -455,8 +500,8 @@ class Report(Section):
     """Page about the data and the masks; `sheet` images are shown at each of `thresholds`."""
 
     thumbnail: Annotated[int, Field(ge=64, le=1024)]
-    sheet: NonNegative
-    thresholds: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=9)]
+    sheet: Pictures
+    thresholds: Annotated[tuple[Fraction, ...], List, Field(min_length=1, max_length=9)]
     covering: Fraction
 
 
@@ -483,8 +528,8 @@ class LabelSet(Section):
     The path follows from the name, and is there for DVC: it is the dependency of a segmenter.
     """
 
-    name: str
-    path: str
+    name: Text
+    path: Text
 
     @model_validator(mode="after")
     def _path_is_the_name_s(self) -> Self:
@@ -535,7 +580,7 @@ class Params(Section):
     masks: Masks
     evaluate: Evaluate
     report: Report
-    label_sets: tuple[LabelSet, ...]
+    label_sets: Annotated[tuple[LabelSet, ...], List, Field(max_length=100)]
 
     @field_validator(*dict.fromkeys(sum(SHARED.values(), ())), mode="before")
     @classmethod
@@ -608,28 +653,45 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
     Raises:
         UserError: The file is missing, unreadable or no mapping.
     """
+    tree, _ = _trees(path)
+    return tree
+
+
+def _trees(path: Path) -> tuple[Any, Any]:
+    """Read a YAML file twice, from one content: with its comments, and as plain values."""
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; run `isim preset demo` to write one"
-        ) from error
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{path}{where}: {problem}; mend that line") from error
+        with errors.reading(path, "mend it, or write one by `isim preset demo`", "is no YAML"):
+            text = errors.text(path, _MOST_BYTES)
+            tree = YAML(typ="rt").load(text)
+            plain = YAML(typ="safe").load(text)
+    except UserError as error:
+        raise _mendable(path, error) from error.__cause__
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train_cam:`, found none")
-    return tree
+    return tree, plain
+
+
+def _mendable(path: Path, error: UserError) -> UserError:
+    """Tell more of the usual faults than that the file is no YAML."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return UserError(f"{path} is not UTF-8 text; save it as UTF-8")
+    if isinstance(cause, OSError):
+        return UserError(
+            f"cannot read {path}: {cause.strerror}; run `isim preset demo` to write one"
+        )
+    if isinstance(cause, YAMLError):
+        mark = getattr(cause, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(cause, "problem", None) or "not valid YAML"
+        return UserError(f"{path}{where}: {problem}; mend that line")
+    return error
 
 
 def load(path: Path) -> Params:
     """Read and check `params.yaml`; errors are those of `read_yaml` and of `validate`."""
-    read_yaml(path)
-    return validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")), str(path))
+    _, plain = _trees(path)
+    return validate(plain, str(path))
 
 
 def validate(tree: dict[str, Any], where: str) -> Params:
@@ -643,6 +705,12 @@ def validate(tree: dict[str, Any], where: str) -> Params:
         return Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error, where)) from error
+    # Whatever a tree holds that pydantic stumbles over.
+    except (RecursionError, OverflowError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{where} is unusable ({errors.reason(error)}); compare it with that of `isim preset "
+            "demo`"
+        ) from error
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -657,10 +725,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    errors = error.errors(include_url=False)
+    found = error.errors(include_url=False)
     # An unknown name is usually a misspelling of one reported missing: show it first.
-    errors.sort(key=lambda item: item["type"] != "extra_forbidden")
-    first, *others = errors
+    found.sort(key=lambda item: item["type"] != "extra_forbidden")
+    first, *others = found
     if first["type"] == "extra_forbidden":
         known = _names(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -671,7 +739,7 @@ def _explain(error: ValidationError, where: str) -> str:
     elif first["type"] == "value_error":
         text = first["msg"].removeprefix("Value error, ")
     else:
-        text = f"{first['msg']}, got {first['input']!r}"
+        text = f"{first['msg']}, got {reprlib.repr(first['input'])}"
     place = f": {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
     more = f" (and {len(others)} more)" if others else ""
     return f"{where}{place}: {text}{more}"

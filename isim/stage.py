@@ -30,6 +30,7 @@ from isim.runtime import (
     atomic,
     checkpoint,
     finished,
+    helpers,
     identity,
     kernels,
     launcher,
@@ -385,8 +386,9 @@ def start(word: str, root: Path, *arguments: str) -> None:
             require_label_set(params, name)
         if word != "prepare" and (options := launcher.options()):
             launcher.launch(options, [word.replace("_", "-"), *arguments])
-        # A wrong one is told at once, not by the first dCRF after hours.
+        # Wrong variables are told at once, not by the first dCRF after hours.
         kernels.crf_backend()
+        helpers.worker_count()
         # What the stage reads is then what its identity is made of.
         with alone("-".join((word, *arguments)), base):
             if processes.is_main():

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_wrong_usage_is_exit_code_2(arguments, main):
     [
         (r"  threshold: .*", "  treshold: 0.3", ["treshold", "did you mean threshold"]),
         (r"  threshold: .*", "  threshold: high", ["train_cam.threshold", "high"]),
-        (r"  batch: .*", "  batch: 0", ["train_cam.batch", "greater than 0"]),
+        (r"  batch: .*", "  batch: 0", ["train_cam.batch", "greater than or equal to 1"]),
         (r"  source: .*", "  source: cityscapes", ["prepare.source", "cityscapes", "voc"]),
         (r"  warmup_epochs: .*", "  warmup_epochs: 999", ["train_cam", "warmup_epochs", "epochs"]),
         (r"    profile: .*", "    profile: official", ["train_cam", "profile", "custom"]),
@@ -146,10 +147,14 @@ def test_a_full_disk_is_one_line_and_exit_code_2(error, monkeypatch, main):
     assert_one_line(err, "no space left")
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch, main):
+def test_a_defect_keeps_its_traceback(monkeypatch, main, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     raise_in_results(monkeypatch, ValueError("a defect"))
-    with pytest.raises(ValueError, match="a defect"):
-        main("results")
+    code, _, err = main("results")
+    assert code == 1 and err.startswith("isim: error: ValueError: a defect; ")
+    (kept,) = tmp_path.rglob("isim-*.txt")
+    assert "ValueError: a defect" in kept.read_text() and kept.name in err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a loader was killed"), UserError("a worker died")])

@@ -1,10 +1,16 @@
 """Parameters: what is valid, errors of one line, the shared dCRF; the presets as such."""
 
+import copy
+import datetime
+import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from isim import params
@@ -233,3 +239,107 @@ def test_the_digest_depends_on_every_value(tree):
     assert before == digest()
     tree["crf"]["steps"] += 1
     assert before != digest()
+
+
+def _numbers(kind, place=(), bounds=()):
+    """Every number that a parameter holds: its place, type and bounds, inside of whatever it is."""
+    if get_origin(kind) is Annotated:
+        inner, *about = get_args(kind)
+        yield from _numbers(inner, place, (*bounds, *about))
+    elif kind in (int, float):
+        yield place, kind, bounds
+    elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield from _numbers(field.annotation, (*place, name), tuple(field.metadata))
+    else:
+        for part in get_args(kind):
+            if part is not Ellipsis and get_origin(kind) is not Literal:
+                yield from _numbers(part, place)
+
+
+NUMBERS = {".".join(place): (kind, about) for place, kind, about in _numbers(params.Params)}
+
+
+def _limits(about):
+    """Lower and upper bounds in the metadata of a field."""
+    flat = [part for one in about for part in (getattr(one, "metadata", None) or [one])]
+    found = {
+        name: getattr(part, name) for part in flat for name in ("gt", "ge", "lt", "le")
+        if getattr(part, name, None) is not None
+    }  # fmt: skip
+    return found.keys() & {"gt", "ge"}, found.keys() & {"lt", "le"}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_both_bounds(name):
+    assert len(NUMBERS) > 100
+    least, most = _limits(NUMBERS[name][1])
+    assert least and most
+
+
+def _leaves(tree, place=()):
+    """Places of all values of a tree that are neither sections nor lists of them."""
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, dict | list) and value:
+            yield from _leaves(value, (*place, name))
+        else:
+            yield (*place, name)
+
+
+TREE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+LEAVES = list(_leaves(TREE))
+ODD = [True, 1e300, -1e300, 10**400, 1e-300, float("nan"), "1", "x\x1b", "y" * 5000, [[]] * 2000]
+ODD += [{"a": 1}, None, 2.0, datetime.date(2026, 1, 1), b"x", [0.5] * 5000, {1: {2: 3}}]
+
+
+@given(st.sampled_from(LEAVES), st.sampled_from(ODD) | st.integers() | st.floats() | st.text())
+def test_whatever_a_value_is_it_is_taken_as_it_is_or_one_line(place, value):
+    tree = copy.deepcopy(TREE)
+    section = tree
+    for name in place[:-1]:
+        section = section[name]
+    before = section[place[-1]]
+    section[place[-1]] = value
+    try:
+        params.validate(tree, "params.yaml")
+    except UserError as error:
+        told = str(error)
+        assert told.isprintable() and len(told) < 300
+    else:
+        # Nothing is taken for something of another type: no bool for a number, no text for one.
+        numbers = (int, float)
+        if type(before) in numbers and not isinstance(value, str):
+            assert type(value) in numbers and not isinstance(value, bool)
+        if isinstance(before, bool):
+            assert isinstance(value, bool)
+        assert not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("train_cam", "epochs", 10**8),
+        ("train_cam", "epochs", True),
+        ("train_cam", "epochs", 50.0),
+        ("train_cam", "epochs", "50"),
+        ("train_cam", "crop", 64000),
+        ("train_cam", "output_stride", 16.0),
+        ("train_cam", "flip", 1),
+        ("train_cam", "scales", [0.5] * 1000),
+        ("train_cam", "scales", [1e-9]),
+        ("export_cams", "stride", True),
+        ("export_cams", "splits", ["train"] * 1000),
+        ("evaluate", "sweep_step", 1e-8),
+        ("train_affinity", "radius", 10**6),
+        ("prepare", "seed", 2**64),
+        ("prepare", "root", "a\x1bb"),
+        ("prepare", "root", "a" * 10**6),
+        ("prepare", "shapes", {"train": 10**9, "val": 1, "size": 64}),
+        ("prepare", "mask_values", {True: "cat"}),
+        ("random_walk", "beta", 10**9),
+        ("crf", "bilateral_srgb", 1e-300),
+    ],
+)
+def test_values_that_real_use_never_meets_are_refused(section, name, value, tree):
+    tree[section][name] = value
+    assert refusal(tree).startswith(f"{section}.{name}")

@@ -1,9 +1,11 @@
 """Images, label maps (palette PNG) and CAMs (npz) on disk."""
 
 import contextlib
-import json
+import math
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +13,12 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from isim import errors
 from isim.errors import UserError
 from isim.runtime.atomic import atomic_path
+
+# What Pillow says of odd headers helps nobody: what cannot be used is told as an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Suffixes of photographs that Pillow reads with a further package alone.
 HEIF = {".heic", ".heif", ".hif"}
@@ -36,6 +42,12 @@ _USUAL = {
     "TIFF": {".tif", ".tiff"},
     "WEBP": {".webp"},
 }
+# Pillow opens them, but they are no photographs: documents, films, grids of a weather service.
+NO_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "WMF", "MPEG", "FLI", "IPTC", "SPIDER", "MCIDAS"}
+# What a header may ask for: a file of a few bytes can stand for all the memory there is.
+MOST_PIXELS, _MOST_BYTES = 100_000_000, 1 << 30
+# Bytes of a CAM file's arrays: 254 classes of 100 million pixels are not stored at stride 1.
+_MOST_OF_CAMS = 4 << 30
 _LOSSY = {"JPEG", "MPO", "HEIF", "AVIF", "WEBP"}
 # What a PNG's header may hold that tells an orientation.
 _PNG_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
@@ -46,7 +58,15 @@ def _opened(what: str, path: Path) -> Iterator[Image.Image]:
     try:
         if path.suffix.lower() in HEIF:
             _require_heif(what, path)
-        with Image.open(path) as image:
+        with (
+            errors.opened(path, _MOST_BYTES) as stream,
+            Image.open(stream, "r", _formats()) as image,
+        ):
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(
+                    f"{what} {path} has {image.width}x{image.height} pixels, more than the "
+                    f"{MOST_PIXELS:,} that are read; save it smaller, or in parts"
+                )
             yield image
     except UserError:
         raise
@@ -58,9 +78,22 @@ def _opened(what: str, path: Path) -> Iterator[Image.Image]:
     except Exception as error:
         # Its own text of an unidentified file repeats the path and the buffer's address.
         unidentified = isinstance(error, UnidentifiedImageError)
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        reason = "not an image" if unidentified else told
+        reason = "not an image" if unidentified else errors.reason(error)
         raise UserError(f"{what} {path} is unreadable ({reason}); replace it") from error
+
+
+def _formats() -> tuple[str, ...]:
+    """Formats that are opened, whatever the suffix says: no document, for which a program runs."""
+    return (*_usual_formats(), *({"HEIF"} & Image.OPEN.keys()))
+
+
+@cache
+def _usual_formats() -> tuple[str, ...]:
+    # Those of most files first: they are tried in this order.
+    Image.preinit()
+    first = list(Image.OPEN)
+    Image.init()
+    return tuple(dict.fromkeys(name for name in (*first, *Image.OPEN) if name not in NO_IMAGES))
 
 
 def _require_heif(what: str, path: Path) -> None:
@@ -140,7 +173,7 @@ def read_deep_image(path: Path, shown: Sequence[float]) -> np.ndarray:
             values = np.array(image).astype(np.float32)[..., None]
         else:
             # Pillow keeps 8 bits of a colour.
-            data = np.frombuffer(path.read_bytes(), np.uint8)
+            data = np.frombuffer(errors.contents(path, _MOST_BYTES), np.uint8)
             decoded = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
             if decoded is None or decoded.ndim != 3 or decoded.dtype != np.uint16:
                 raise UserError(
@@ -349,26 +382,54 @@ def read_threshold(folder: Path) -> float:
         UserError: There is none.
     """
     path = folder / "threshold.json"
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged; run `isim export-cams` again") from error
+    with errors.reading(path, "run `isim export-cams` again", "is damaged"):
+        threshold = float(errors.json_of(path)["threshold"])
+        if not 0 < threshold < 1:
+            raise ValueError(f"a threshold of {threshold}")
+        return threshold
 
 
 def read_cam(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Read what `write_cam` wrote: cam (K', h, w) float32, class_ids (K',) int64, size (H, W).
 
     Raises:
-        UserError: The file is missing or no CAM file.
+        UserError: The file is missing or no CAM file: damaged, of another form, or with values
+            outside [0, 1].
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            height, width = (int(value) for value in arrays["size"])
-            return arrays["cam"].astype(np.float32), arrays["class_ids"], (height, width)
-    # np.load gives plain arrays (no context manager: TypeError) for a renamed .npy file.
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "not a CAM file"
-        raise UserError(f"CAM {path} is {reason}; run `isim export-cams` again") from error
+    remedy = "run `isim export-cams` again"
+    with (
+        errors.reading(f"CAM {path}", remedy, "is not a CAM file"),
+        errors.opened(path) as stream,
+        zipfile.ZipFile(stream) as archive,
+    ):
+        cam, class_ids, size = (_array(archive, name) for name in ("cam", "class_ids", "size"))
+        if cam.dtype != np.float16 or cam.ndim != 3 or 0 in cam.shape[1:]:
+            raise ValueError(f"planes {cam.dtype} {cam.shape}")
+        if class_ids.dtype != np.int64 or class_ids.shape != cam.shape[:1]:
+            raise ValueError(f"{len(cam)} planes for classes {class_ids.shape}")
+        if size.dtype != np.int64 or size.shape != (2,) or (size < 1).any():
+            raise ValueError("no size of an image")
+        planes = cam.astype(np.float32)
+        # NaN is in no range.
+        if planes.size and not (planes.min() >= 0 and planes.max() <= 1):
+            raise ValueError("values outside [0, 1]")
+        return planes, class_ids, (int(size[0]), int(size[1]))
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read an array of an npz, whose header may ask for no more than there is."""
+    about = archive.getinfo(f"{name}.npy")
+    if about.compress_type != zipfile.ZIP_STORED or about.file_size > _MOST_OF_CAMS:
+        raise ValueError(f"{name} is packed, or too large")
+    with archive.open(about) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"{name} is of npy version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        data = stream.read()
+        if dtype.hasobject or fortran or dtype.itemsize * math.prod(shape) != len(data):
+            raise ValueError(f"{name} is not as its header tells")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def read_cam_of(

@@ -1,14 +1,16 @@
 """Prepared data: the items of each split and the classes, as `isim prepare` wrote them."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from isim.errors import UserError
+from isim import errors
+from isim.errors import UserError, cut, json_of
 from isim.runtime import identity
 from isim.runtime.atomic import read_csv, write_json
 from isim.runtime.paths import home, resolve_path
@@ -17,6 +19,8 @@ from isim.runtime.paths import home, resolve_path
 FOLDER = "data/prepared"
 FORMAT = 2
 INSIDE = "prepared:"
+# Bytes of a part of an id, and characters of an id and of a class's name.
+_LONGEST_PART, _LONGEST_ID, _LONGEST_CLASS = 200, 1000, 100
 # Below `FOLDER`, all that stages depend on which read images of known labels alone: further images
 # without labels leave it as it is, and DVC does not run these stages again.
 LABELLED = "labelled.json"
@@ -102,33 +106,103 @@ def load(root: Path) -> Prepared:
         UserError: The folder is missing, incomplete or of another format.
     """
     folder = root / FOLDER
-    try:
-        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        if about.get("format") != FORMAT:
-            raise UserError(
-                f"{folder} has format {about.get('format')}, this version reads {FORMAT}; "
-                "run `isim prepare` again"
-            )
-        data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
-        classes = tuple(about["classes"])
+    with _reading(folder):
+        about, data = _about(root)
+        classes, names = about["classes"], [*about["splits"]]
+        _require_names("class", classes, class_fault)
+        _require_names("split", names, split_fault)
         rows = read_csv(folder / "labels.csv")
-        labels = {row["id"]: _multi_hot(row, classes) for row in rows}
+        _require_names("image", [row["id"] for row in rows], id_fault)
+        labels = {row["id"]: _multi_hot(row, tuple(classes)) for row in rows}
 
         def item(row: dict[str, str]) -> Item:
-            image, mask = (
-                folder / text.removeprefix(INSIDE) if text.startswith(INSIDE) else data / text
-                for text in (row["image"], row["mask"])
-            )
+            image, mask = (_below(folder, data, row[name]) for name in ("image", "mask"))
             return Item(row["id"], image, mask if row["mask"] else None, labels[row["id"]])
 
-        splits = {
-            split: tuple(map(item, read_csv(folder / f"{split}.csv"))) for split in about["splits"]
-        }
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; run `isim prepare` first") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
-    return Prepared(classes, splits)
+        splits: dict[str, tuple[Item, ...]] = {}
+        for split in names:
+            rows = read_csv(folder / f"{split}.csv")
+            _require_names(f"image of {split}", [row["id"] for row in rows], id_fault)
+            splits[split] = tuple(map(item, rows))
+        return Prepared(tuple(classes), splits)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    with errors.reading(folder, "run `isim prepare` again", "is damaged"):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing; run `isim prepare` first") from error
+
+
+def _about(root: Path) -> tuple[dict[str, Any], Path]:
+    """Read dataset.json: its content, and the folder of the data. UserError for another format."""
+    folder = root / FOLDER
+    about = json_of(folder / "dataset.json")
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} has format {about.get('format')}, this version reads {FORMAT}; "
+            "run `isim prepare` again"
+        )
+    return about, folder if about["root"] == INSIDE else resolve_path(about["root"], root)
+
+
+def _below(folder: Path, data: Path, text: str) -> Path:
+    """Find a file that is named relative to the data, or to `folder`. ValueError if outside."""
+    inside = text.startswith(INSIDE)
+    name = text.removeprefix(INSIDE)
+    if name and (fault := id_fault(name)):
+        raise ValueError(f"a file {fault}")
+    return (folder if inside else data) / name
+
+
+def _require_names(what: str, names: Sequence[str], fault_of: Callable[[str], str | None]) -> None:
+    """Check names of the prepared data. Raises ValueError for one that cannot be, or is twice."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"no list of names ({what})")
+    if fault := next(filter(None, map(fault_of, names)), None):
+        raise ValueError(f"{what} {fault}")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"{what} {twice} is there twice")
+
+
+def id_fault(name: str) -> str | None:
+    """Say why a name cannot be an id, that is a path of files below folders of outs; None: it can.
+
+    Ids come from whoever made the data, or pushed a folder of prepared ones.
+    """
+    shown = repr(cut(name, 60))
+    parts = name.split("/")
+    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        return f"{shown}, which is no relative path of a file"
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        return f"{shown}, which is not UTF-8"
+    # A suffix such as .npz is added, and a file is written under a temporary name beside.
+    if longest > _LONGEST_PART or len(name) > _LONGEST_ID:
+        return f"{shown}, which is too long for the name of a file"
+    return None
+
+
+def split_fault(name: str) -> str | None:
+    """Say why a name cannot be that of a split, which names a file and a folder; None: it can."""
+    if "/" in name:
+        return f"{cut(name, 60)!r}, which is the path of a file"
+    return id_fault(name)
+
+
+def class_fault(name: object) -> str | None:
+    """Say why a value cannot be the name of a class; None: it can."""
+    if not isinstance(name, str) or not name or name != name.strip():
+        return f"{cut(repr(name), 60)}, which is no name, or has blanks around it"
+    if not name.isprintable():
+        return f"{cut(name, 60)!r}, which has control characters"
+    if len(name) > _LONGEST_CLASS or ";" in name:
+        return f"{cut(name, 60)!r}, which is too long, or has a `;`"
+    return None
 
 
 def remember(base: Path, files: Mapping[Path, str]) -> None:
@@ -206,28 +280,25 @@ def digests(root: Path) -> dict[Path, str]:
 def _manifest(root: Path) -> dict[Path, tuple[int, str]]:
     """Read size and md5 of each prepared file."""
     folder = root / FOLDER
-    try:
-        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        data = folder if about["root"] == INSIDE else resolve_path(about["root"], root)
+    with _reading(folder):
+        _, data = _about(root)
         return {
-            folder / row["path"].removeprefix(INSIDE)
-            if row["path"].startswith(INSIDE)
-            else data / row["path"]: (int(row["bytes"]), row["md5"])
+            _below(folder, data, row["path"]): (int(row["bytes"]), row["md5"])
             for row in read_csv(folder / "manifest.csv")
         }
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is damaged ({error}); run `isim prepare` again") from error
 
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_of(path, errors.TABLE)
+    except (OSError, ValueError, RecursionError, UserError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _multi_hot(row: dict[str, str], classes: tuple[str, ...]) -> np.ndarray | None:
+    if row["known"] not in ("0", "1"):
+        raise ValueError(f"image {row['id']} is known: {row['known']}")
     if row["known"] == "0":
         return None
     label = np.zeros(len(classes), np.float32)

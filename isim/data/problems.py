@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from isim.errors import UserError
+from isim.errors import UserError, one_line
 
 # Where stage prepare lists all of them.
 FILE = "reports/prepare/problems.csv"
@@ -60,14 +60,14 @@ def refuse(problems: Sequence[Problem]) -> None:
             lines.append(f"and {more} more: {kind}")
     if shown < len(errors):
         lines.append(f"all of them are in {FILE}")
-    raise UserError("\n  ".join(lines))
+    raise UserError(*lines)
 
 
 def warnings(problems: Iterable[Problem]) -> list[str]:
     """Put warnings into words: a line a kind, with their number and an example."""
     found = by_kind(problem for problem in problems if not problem.error)
     return [
-        f"{kind}: {len(some)}, such as: {some[0].what}" if len(some) > 1 else some[0].what
+        one_line(f"{kind}: {len(some)}, such as: {some[0].what}" if len(some) > 1 else some[0].what)
         for kind, some in found.items()
     ]
 

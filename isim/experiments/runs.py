@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim import errors
 from isim.errors import UserError
 from isim.params import flatten
 from isim.runtime import atomic, figures
@@ -75,9 +75,10 @@ def read_all(root: Path) -> tuple[list[Run], str | None]:
     try:
         # Cached, as a table holds the figures of many cells.
         runs += from_dvc(_exp_show(root), partial(_text_at, root), cache(partial(_out_at, root)))
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+    # What is recorded of an experiment may be of any state.
+    except Exception as error:
         why = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        return runs, f"DVC experiments cannot be read ({why[-1] if why else 'no reason given'})"
+        return runs, f"DVC experiments cannot be read ({why[-1] if why else errors.reason(error)})"
     return runs, None
 
 
@@ -87,28 +88,28 @@ def workspace(root: Path) -> Run | None:
     Reports that are not those `dvc.lock` names, by their MD5, are left out.
     """
     path, parameters = root / "dvc.lock", root / "params.yaml"
-    try:
-        values = parameters.read_text(encoding="utf-8") if parameters.exists() else None
-        lock = read_lock(path.read_text(encoding="utf-8"), values)
-        when = path.stat().st_mtime
-    except OSError:
+    if not path.exists():
         return None
+    with errors.reading(path, "restore it by git, or run `dvc repro`", "is damaged"):
+        values = errors.text(parameters) if parameters.exists() else None
+        lock = read_lock(errors.text(path), values)
+        when = path.stat().st_mtime
     reports = {}
     for name, claim in lock.items():
         if not name.startswith("reports/") or not name.endswith((".json", ".csv")):
             continue
-        try:
-            data = (root / name).read_bytes()
-        except OSError:
+        if not (root / name).exists():
             continue
-        if claim and md5_of(data) == claim[1]:
-            reports[name] = parse(name, data.decode())
+        with errors.reading(root / name, "run `dvc repro` again", "is damaged"):
+            data = errors.contents(root / name)
+            if claim and md5_of(data) == claim[1]:
+                reports[name] = parse(name, data.decode())
     return Run("workspace", when, lock, reports)
 
 
 def parse(path: str, text: str) -> Any:  # noqa: ANN401 - JSON or CSV rows
     """Read the text of a report by its path: a JSON tree, or a list of CSV rows."""
-    return atomic.parse_csv(io.StringIO(text)) if path.endswith(".csv") else json.loads(text)
+    return atomic.parse_csv(text) if path.endswith(".csv") else json.loads(text)
 
 
 def _old(path: str) -> str:

@@ -5,20 +5,24 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from isim.errors import UserError
+from isim import errors
+from isim.data.prepared import class_fault
+from isim.errors import cut
 from isim.runtime import checkpoint
 
 _Result = TypeVar("_Result")
 _Config = TypeVar("_Config", bound="Config")
 _Network = TypeVar("_Network", bound=nn.Module)
+
+# No network has larger numbers: a damaged one would ask for all the memory there is.
+_LARGEST = 1 << 16
 
 # Odd at every stride: what a network cannot compute here, it cannot for a data set's images.
 PROBE = (45, 77)
@@ -52,22 +56,43 @@ def load(
     Raises UserError where the file is missing or not of this kind.
     """
     config = read_config(path, kind)
-    network = build(config)
-    network.load_state_dict(load_file(path))
+    command = f"isim {kind.stage.replace('_', '-')}"
+    with errors.reading(path, f"run `{command}` again", "is damaged, or of another isim"):
+        tensors = checkpoint.load_tensors(path)
+        network = build(config)
+        network.load_state_dict(tensors)
     return network.eval(), config
 
 
 def read_config(path: Path, kind: type[_Config]) -> _Config:
     """Read a checkpoint's configuration from its header alone; errors as of `load`."""
-    try:
+    command = f"isim {kind.stage.replace('_', '-')}"
+    remedy, none = f"run `{command}` first", f"is not a checkpoint of {kind.stage}"
+    with errors.reading(path, remedy, none):
+        errors.regular(path)
         with safe_open(path, "pt") as file:
             fields = json.loads((file.metadata() or {})[kind.key])
-    except (OSError, KeyError, SafetensorError) as error:
-        command = f"isim {kind.stage.replace('_', '-')}"
-        raise UserError(
-            f"{path} is not a checkpoint of {kind.stage}; run `{command}` first"
-        ) from error
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        _require_sound(config)
+    return config
+
+
+def _require_sound(config: Config) -> None:
+    """Raise ValueError for values that no configuration has, as those of a damaged header."""
+    hints = get_type_hints(type(config))
+    for name, value in vars(config).items():
+        kind = get_origin(hints[name]) or hints[name]
+        fits = isinstance(value, float | int if kind is float else kind)
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{name} is {cut(repr(value), 40)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= _LARGEST:
+                raise ValueError(f"{name} is {number}")
+    names = getattr(config, "classes", ())
+    if fault := next(filter(None, map(class_fault, names)), None):
+        raise ValueError(f"a class {fault}")
+    if len(set(names)) < len(names):
+        raise ValueError("a class is named twice")
 
 
 @torch.no_grad()

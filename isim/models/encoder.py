@@ -9,6 +9,7 @@ Each error names the parameter of that section of `params.yaml` which a configur
 import contextlib
 import difflib
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from isim import errors
 from isim.errors import UserError
 from isim.models import common, vit
 from isim.params import TrainAffinity, TrainCam, TrainSegmenter
+from isim.runtime import checkpoint
 
 _Config = TypeVar("_Config", bound=common.Config)
 Encoder: TypeAlias = smp.encoders.TimmUniversalEncoder | vit.PlainViT
@@ -227,10 +229,10 @@ def fill(network: nn.Module, config: _Configured, weights: str, state: dict[str,
     foreign = [key for key in state if key not in own and key not in whole]
     decoder = [key for key in foreign if any(mark in key for mark in DECODER_MARKS)]
     if decoder:
-        allow = f", or set {config.stage}.allow_decoder_weights: true, which results then record"
+        allow = f", or set {config.stage}.allow_decoder_weights: true"
         raise UserError(
-            f"{config.stage}.weights: {weights} holds decoder keys such as {decoder[0]}, that is "
-            "pixel supervision; use ImageNet weights of the encoder alone"
+            f"{config.stage}.weights: {weights} holds decoder keys ({errors.cut(decoder[0], 40)}): "
+            "pixel supervision; use an encoder's weights"
             f"{allow if config.stage == 'train_segmenter' else ''}"
         )
     missing = [key for key in own if key not in state]
@@ -250,19 +252,36 @@ def read(path: Path, config: _Configured) -> dict[str, Tensor]:
 
     Raises UserError where there is no such file, or no plain mapping of names to tensors in it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{config.stage}.weights: no file {path}; give imagenet, none or an existing file"
         )
     try:
         if path.suffix not in {".pth", ".pt"}:
-            return load_file(path)
+            return checkpoint.load_tensors(path)
+        size = errors.regular(path).st_size
+        _require_unpacked(path)
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("no plain mapping of names to tensors")
+        # A tensor may stand for more values than it holds.
+        if any(value.numel() * value.element_size() > size for value in state.values()):
+            raise ValueError("a tensor is larger than the file")
+        checkpoint.require_weights(state)
+    except UserError:
+        raise
     except Exception as error:  # both libraries raise whatever their code meets
         raise UserError(
             f"{config.stage}.weights: {path} is not a readable file of weights (safetensors, or a "
-            ".pth that holds names and tensors alone); fetch it again"
+            f".pth of names and tensors alone): {errors.cut(errors.reason(error), 60)}; fetch it "
+            "again"
         ) from error
     return state
+
+
+def _require_unpacked(path: Path) -> None:
+    """Raise ValueError for a `.pth` whose parts are packed: torch packs none, bombs are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("a part of it is packed")

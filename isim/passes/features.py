@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isim import errors
 from isim.data import files
 from isim.data.prepared import Item
 from isim.errors import UserError
@@ -155,10 +156,14 @@ def _attends(config: CamConfig | SegmenterConfig) -> bool:
 
 def _mapped(path: Path, dimensions: int) -> np.ndarray:
     try:
+        errors.regular(path)
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.dtype != np.float16 or array.ndim != dimensions:
             raise ValueError("another array")
-    except (OSError, ValueError, EOFError) as error:
+    except UserError:
+        raise
+    # numpy meets damage of a header with whatever its parser stumbles over.
+    except Exception as error:
         raise UserError(
             f"{path} is gone or damaged; delete it if it is there, and run the same command again"
         ) from error

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+from isim import errors
 from isim.runtime import atomic
 
 Line = dict[str, Any]
+_MOST_BYTES = 8 << 30
 
 
 class Journal:
@@ -24,6 +26,8 @@ class Journal:
         self._base = path
         self._path = path.with_name(f"{path.name}.{number}") if number else path
         try:
+            if self._path.exists():
+                errors.regular(self._path)
             # Unbuffered: nothing is left to be written, and to fail, when it is closed.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
@@ -51,10 +55,12 @@ class Journal:
         """Read the lines of all processes' files, by image id."""
         lines: dict[str, Line] = {}
         for path in [self._base, *sorted(self._base.parent.glob(f"{self._base.name}.*"))]:
-            text = path.read_text(encoding="utf-8")
-            # A kill in the middle of a write leaves a last line without its end: cut it off.
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
-            lines |= {line["id"]: line for line in map(json.loads, whole.splitlines())}
+            remedy = f"delete {path.parent}: the stage begins anew"
+            with errors.reading(path, remedy, "is damaged"):
+                data = errors.contents(path, _MOST_BYTES)
+                # A kill in the middle of a write leaves a last line without its end: cut it off.
+                whole = data[: data.rfind(b"\n") + 1]
+                if whole != data:
+                    os.truncate(path, len(whole))
+                lines |= {line["id"]: line for line in map(json.loads, whole.splitlines())}
         return lines

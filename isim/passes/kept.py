@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import BaseModel
 
+from isim import errors
 from isim.data.prepared import Item
 from isim.errors import UserError
 from isim.passes import each
@@ -185,7 +186,7 @@ class Kept:
         """Read an image's result of `count` files, if there is one. ValueError if damaged."""
         path = self._path(item)
         try:
-            content = path.read_bytes()
+            content = errors.contents(path, LIMIT)
         except FileNotFoundError:
             return None
         checked, _, body = content.partition(b"\n")

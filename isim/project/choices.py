@@ -324,7 +324,8 @@ def _setting(text: str) -> Choice:
     name, equals, value = text.partition("=")
     try:
         parsed = YAML(typ="safe").load(value)
-    except YAMLError:
+    # Also values that ruamel finds no number, or no date, in.
+    except (YAMLError, ValueError, RecursionError):
         equals = ""
     if not equals or not name:
         raise UserError(f"{text}: write NAME=VALUE, such as train_cam.seed=1")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from isim import errors
 from isim.errors import UserError
 from isim.experiments import overlay, preset
 from isim.params import flatten, read_yaml, validate
@@ -189,10 +190,11 @@ def upgrade(root: Path) -> list[str]:
         atomic.write_text(root / PARAMS, text)
         told += lines
     wanted = _with_own_stages(root / PIPELINE, pipeline.text(params.prepare))
-    if not (root / PIPELINE).exists() or (root / PIPELINE).read_text(encoding="utf-8") != wanted:
+    if not (root / PIPELINE).exists() or errors.text(root / PIPELINE) != wanted:
         atomic.write_text(root / PIPELINE, wanted)
         told.append(f"{PIPELINE}: written anew; `git diff {PIPELINE}` shows what is different")
-    locked, own = path.read_text(encoding="utf-8"), lock.text()
+    with errors.reading(path, "delete it, and make the project anew by `isim init`"):
+        locked, own = errors.text(path), lock.text()
     if locked != own:
         atomic.write_text(path, own)
         names = f"{lock.named(locked)} -> {lock.named(own)}"
@@ -219,11 +221,12 @@ def _parameters(own: Mapping[str, Any]) -> tuple[str, list[str]]:
 def _with_own_stages(path: Path, wanted: str) -> str:
     """Add the stages of the file `path` that run something else than isim to a pipeline's text."""
     old = read_yaml(path) if path.exists() else {}
-    stages = {
-        name: stage
-        for name, stage in old.get("stages", {}).items()
-        if not str(stage.get("cmd", "")).startswith("isim ")
-    }
+    with errors.reading(path, "delete it: it is written anew", "is no pipeline of DVC"):
+        stages = {
+            name: stage
+            for name, stage in old.get("stages", {}).items()
+            if not str(stage.get("cmd", "")).startswith("isim ")
+        }
     if not stages:
         return wanted
     tree = YAML(typ="rt").load(wanted)

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
+from isim import errors
 from isim.errors import UserError
 from isim.runtime import identity
 
@@ -28,7 +29,8 @@ def require(root: Path) -> None:
     path = root / FILE
     if not path.exists():
         return
-    locked, own = path.read_text(encoding="utf-8"), text()
+    with errors.reading(path, "run `isim upgrade` to write it anew"):
+        locked, own = errors.text(path), text()
     if locked != own:
         raise UserError(
             f"{FILE} is of isim {named(locked)}, this is isim {named(own)}: their results must not "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from isim import errors
 from isim.errors import UserError
 from isim.params import load
 from isim.reporting import words
@@ -126,12 +127,8 @@ def _seen(path: Path) -> list[str]:
 
 
 def _read(path: Path, make: Callable[[Path], Any]) -> Any:  # noqa: ANN401 - what `make` makes
-    try:
+    with errors.reading(path, "run `dvc repro` again", "is damaged"):
         return make(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; run `dvc repro` again") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); run `dvc repro` again") from error
 
 
 def _rounds(path: Path) -> Table:

@@ -4,17 +4,19 @@ import contextlib
 import csv
 import ctypes
 import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from isim import errors
 from isim.errors import UserError
 
 # What spreadsheets take for the beginning of a formula. Apostrophes before it belong to it: a text
@@ -176,17 +178,22 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> 
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a file of `write_csv`, its texts as they were; OSError passes."""
-    with path.open(newline="", encoding="utf-8") as stream:
-        return parse_csv(stream)
+    """Read the rows of a file of `write_csv`, its texts as they were.
+
+    Raises csv.Error or ValueError for another one, UserError as `errors.contents`, and OSError.
+    """
+    return parse_csv(errors.contents(path, errors.TABLE).decode("utf-8"))
 
 
-def parse_csv(lines: Iterable[str]) -> list[dict[str, str]]:
-    """Read the rows of `csv_text`; a short row has no value (None) of the last columns."""
-    return [
-        {name: value and _unmarked(value) for name, value in row.items() if name is not None}
-        for row in csv.DictReader(lines)
-    ]
+def parse_csv(text: str) -> list[dict[str, str]]:
+    """Read the rows of `csv_text`; csv.Error, or ValueError for a row that is no cell a column."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} has not a cell for each column")
+        rows.append({name: _unmarked(value) for name, value in row.items()})
+    return rows
 
 
 def _marked(value: Any) -> Any:  # noqa: ANN401 - any cell

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from isim import errors
 from isim.errors import UserError
 from isim.runtime import atomic, processes
 
@@ -28,6 +29,31 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str
         atomic.write_bytes(path, save(plain, metadata), durable=True)
 
 
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Read a safetensors file of weights, on the CPU.
+
+    Raises ValueError for weights that are none: complex, true or false, NaN or infinite; UserError
+    if it is no regular file, and what the library raises if it is damaged.
+    """
+    from safetensors.torch import load_file
+
+    # The library checks what a header asks for against the file's size.
+    errors.regular(path)
+    tensors = load_file(path)
+    require_weights(tensors)
+    return tensors
+
+
+def require_weights(tensors: Mapping[str, "Tensor"]) -> None:
+    """Check that tensors are numbers, and finite. Raises ValueError if not."""
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_complex() or kind == "bool":
+            raise ValueError(f"{name} is {kind}, no weights")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are NaN or infinite")
+
+
 def save_state(
     resume: Path, network: "nn.Module", optimizer: "Optimizer", progress: dict[str, Any]
 ) -> None:
@@ -45,6 +71,12 @@ def restore(resume: Path, network: "nn.Module", optimizer: "Optimizer") -> dict[
     Returns the saved progress, or `{"epochs": []}`. Raises UserError when another host still sees
     an older state.
     """
+    remedy = f"delete {resume} to start the stage over"
+    with errors.reading(resume / _STATE, remedy, "is damaged"):
+        return _restored(resume, network, optimizer)
+
+
+def _restored(resume: Path, network: "nn.Module", optimizer: "Optimizer") -> dict[str, Any]:
     from safetensors.torch import load_file
 
     progress = _progress(resume) or {"epochs": []}
@@ -162,8 +194,9 @@ def _remove(folder: Path) -> None:
 def _progress(resume: Path) -> dict[str, Any] | None:
     """Read the progress of a saved state; None when this run has saved none that is readable."""
     try:
+        errors.regular(resume / _STATE)
         with safe_open(resume / _STATE, "np") as file:
             header = file.metadata()
         return json.loads(header["progress"]) if header["digest"] == resume.name else None
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError):
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError, UserError):
         return None

@@ -22,6 +22,10 @@ def default() -> torch.device:
     Raises UserError when torch cannot use `$ISIM_DEVICE`, or each process has no GPU of its own.
     """
     chosen = os.environ.get("ISIM_DEVICE")
+    if chosen == "meta":
+        raise UserError(
+            "ISIM_DEVICE: on device meta nothing is computed; unset it or set it to cpu"
+        )
     name = chosen or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and processes.world() > 1:
         name = f"cuda:{processes.local_rank()}"

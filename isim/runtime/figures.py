@@ -3,11 +3,11 @@
 Figures are equal whenever a stage is run again, what it takes is not: hence two files.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from isim import errors
 from isim.runtime import atomic
 
 FILE, SPEED = "figures.csv", "seconds.csv"
@@ -53,12 +53,21 @@ def without_times(figures: Mapping[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any]:
     """Read what `write` wrote but the times, or an old metrics.json; empty where there is neither.
 
-    Raises OSError for an unreadable file, ValueError and KeyError for another one's content.
+    Raises UserError for a file that is neither.
     """
-    if (folder / FILE).exists():
-        return tree(atomic.read_csv(folder / FILE))
-    old = folder / OLD
-    return of_old(json.loads(old.read_text(encoding="utf-8"))) if old.exists() else {}
+    for path, made in ((folder / FILE, _of_table), (folder / OLD, _of_report)):
+        if path.exists():
+            with errors.reading(path, "run `dvc repro` again", "is damaged"):
+                return made(path)
+    return {}
+
+
+def _of_table(path: Path) -> dict[str, Any]:
+    return tree(atomic.read_csv(path))
+
+
+def _of_report(path: Path) -> dict[str, Any]:
+    return of_old(errors.json_of(path))
 
 
 def tree(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
-from isim.errors import UserError
-from isim.runtime import ending, processes, progress
+from isim.runtime import ending, paths, processes, progress
 
 # Seconds between two looks whether a signal has come.
 LOOK = 0.1
@@ -26,12 +25,10 @@ def worker_count() -> int:
 
     Raises UserError when `$ISIM_WORKERS` is no number of at least 0.
     """
-    text = os.environ.get("ISIM_WORKERS")
-    if text is None:
+    chosen = paths.number_of("ISIM_WORKERS", 0, 1024)
+    if chosen is None:
         return max(1, len(os.sched_getaffinity(0)) // processes.local_world())
-    if not text.isdigit():
-        raise UserError(f"ISIM_WORKERS: expected a number such as 2, got '{text}'")
-    return int(text)
+    return chosen
 
 
 def in_threads(

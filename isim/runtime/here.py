@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isim import errors
 from isim.runtime import atomic, processes
 
 if TYPE_CHECKING:
@@ -63,9 +64,11 @@ class Here:
         """
         record = self.resume / f"{name}.json"
         written = processes.is_main() and record.exists()
-        found = processes.broadcast(
-            json.loads(record.read_text(encoding="utf-8")) if written else None
-        )
+        figures = None
+        if written:
+            with errors.reading(record, "delete it, and run the same command again", "is damaged"):
+                figures = dict(errors.json_of(record))
+        found = processes.broadcast(figures)
         if found is None:
             found = processes.broadcast(make())
             if processes.is_main():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isim import errors
 from isim.runtime import progress
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ def md5_of(data: bytes) -> str:
 
 
 def md5(path: Path) -> str:
-    """Return the md5 that DVC gives a file or a folder (`.dir` appended); OSError passes."""
+    """Return the md5 that DVC gives a file or a folder (`.dir` appended); OSError passes.
+
+    Raises UserError for what is neither, such as a named pipe.
+    """
     if not path.is_dir():
-        with path.open("rb") as file:
+        with errors.opened(path) as file:
             return hashlib.file_digest(file, "md5").hexdigest()
     names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
     listing = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from isim.errors import UserError
-from isim.runtime import identity
+from isim.runtime import identity, paths
 from isim.runtime.atomic import atomic_path
 
 SOURCES = Path(__file__).parent.parent / "labels"
@@ -43,7 +43,7 @@ def library(name: str) -> ctypes.CDLL:
     can write there.
     """
     source = SOURCES / name / "kernel.cpp"
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    compiler = paths.words_of("CXX", "g++")
     built = _cache() / f"{name}-{_digest(source, compiler)}.so"
     try:
         _own(built.parent)

@@ -7,13 +7,12 @@ import contextlib
 import io
 import logging
 import os
-import shlex
 import signal
 from collections.abc import Sequence
 from typing import NoReturn
 
 from isim.errors import UserError
-from isim.runtime import ending
+from isim.runtime import ending, paths
 from isim.runtime.processes import LOST
 
 
@@ -29,12 +28,11 @@ def options() -> list[str]:
     """
     if started():
         return []
-    count, others = os.environ.get("ISIM_PROCESSES"), os.environ.get("ISIM_TORCHRUN")
-    if count is not None and not (count.isdigit() and int(count) > 0):
-        raise UserError(f"ISIM_PROCESSES: expected a number such as 2, got '{count}'")
+    count, others = paths.number_of("ISIM_PROCESSES", 1, 1024), paths.words_of("ISIM_TORCHRUN")
+    each = [] if count is None else ["--nproc-per-node", str(count)]
     if not others:
-        return ["--standalone", "--nproc-per-node", count] if count not in (None, "1") else []
-    return [*shlex.split(others), *(["--nproc-per-node", count] if count else [])]
+        return ["--standalone", *each] if count not in (None, 1) else []
+    return [*others, *each]
 
 
 def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from isim.errors import UserError
-from isim.runtime import atomic
+from isim.runtime import atomic, paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ def started(folder: Path) -> Iterator[None]:
     the hosts do not share `folder`, that of the project's own state (`.isim`).
     """
     global _group
-    if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+    if "LOCAL_RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         yield
         return
     # Read by torch's import. Warnings of its C++ code: what matters arrives as an exception.
@@ -91,7 +91,13 @@ def started(folder: Path) -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    group = _Group(*(int(os.environ[name]) for name in names))
+    numbers = [paths.number_of(name, 0, 1_000_000) for name in names]
+    if None in numbers:
+        raise UserError(
+            "LOCAL_RANK is set, which torchrun sets with "
+            f"{names[numbers.index(None)]}, which is not; unset it, or start by ISIM_PROCESSES"
+        )
+    group = _Group(*(number or 0 for number in numbers))
     # A launcher that is killed must not leave its processes behind.
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGINT, _interrupt)

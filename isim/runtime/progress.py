@@ -18,6 +18,8 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from isim import errors
+
 T = TypeVar("T")
 
 # Seconds between two lines, at most.
@@ -128,7 +130,7 @@ _teller = _Teller()
 def tell(line: str) -> None:
     """Print a line, at once; inside of `quiet` nothing."""
     if _teller.aside is None:
-        _teller.write(line)
+        _teller.write(errors.printable(line))
 
 
 @contextlib.contextmanager

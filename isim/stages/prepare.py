@@ -15,7 +15,7 @@ from isim.data.formats.labels import AUTO
 from isim.data.problems import Problem
 from isim.data.sources import readers, review
 from isim.data.sources.source import Checked, Source, Treatment, examine
-from isim.errors import UserError
+from isim.errors import UserError, one_line
 from isim.params import Prepare
 from isim.runtime import identity
 from isim.runtime.atomic import atomic_directory, write_csv, write_json
@@ -210,6 +210,6 @@ def _tell(source: Source, figures: Mapping[str, float], found: Sequence[Problem]
         images, masks = figures[f"{split}.images"], figures[f"{split}.masks"]
         print(f"{split}: {images} images, {masks} masks, {told}")
     for note in source.notes:
-        print(note)
+        print(one_line(note))
     if count := sum(not problem.error for problem in found):
         print(f"{count} warnings: {problems.FILE}")

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from isim import errors
 from isim.errors import UserError
 from isim.models import cam, common
 from isim.models.cam import CamConfig, CamNetwork
@@ -110,6 +111,7 @@ class LastNetwork:
 
     def _load(self, path: Path, config: CamConfig) -> Started:
         try:
+            errors.regular(path)
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
             told, known = json.loads(header[_ABOUT]), common.read_config(path, CamConfig)

@@ -38,7 +38,7 @@ def swap_cams(root):
 
 
 def labels(root):
-    return sorted((root / "data/pseudo_labels/round_02").iterdir())
+    return sorted((root / "data/pseudo_labels/round_02").glob("*.png"))
 
 
 def keep_one_label(root):

@@ -1,12 +1,19 @@
 """Annotations of VOC's form: one XML file an image, with an `object` for each thing in it."""
 
+import contextlib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import NoReturn
+from xml.parsers import expat
 
+from isim import errors
 from isim.data.formats import tagged
 from isim.data.formats.tagged import Tagged, Tags
 from isim.data.problems import Problem
 from isim.errors import UserError
+
+# Bytes of one image's annotation.
+_MOST_BYTES = 16 << 20
 
 
 def names(path: Path) -> tuple[tuple[str, ...], str]:
@@ -14,18 +21,32 @@ def names(path: Path) -> tuple[tuple[str, ...], str]:
 
     Raises UserError when the file is no such annotation.
     """
-    try:
-        text = path.read_bytes()
-        # VOC needs no DTD; entities are how XML files exhaust memory.
-        if b"<!DOCTYPE" in text:
-            raise UserError(f"{path} declares a DOCTYPE; remove it")
+    with errors.reading(path, "replace it", "is not a readable annotation"):
+        text = errors.contents(path, _MOST_BYTES)
+        _refuse_dtd(path, text)
         root = ElementTree.fromstring(text)
-    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable annotation ({reason}); replace it") from error
-    # The objects' own names; those of their parts are below them.
-    labels = {(node.findtext("name") or "").strip() for node in root.iter("object")}
-    return tuple(sorted(labels)), (root.findtext("filename") or "").strip()
+        # The objects' own names; those of their parts are below them.
+        labels = {(node.findtext("name") or "").strip() for node in root.iter("object")}
+        return tuple(sorted(labels)), (root.findtext("filename") or "").strip()
+
+
+class _Begun(Exception):
+    """The first element begins: no DTD can follow."""
+
+
+def _refuse_dtd(path: Path, text: bytes) -> None:
+    """Raise UserError for a DTD, in any encoding: entities are how XML files exhaust memory."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise UserError(f"{path} declares a DOCTYPE; remove it")
+
+    def begin(*_: object) -> NoReturn:
+        raise _Begun
+
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler, parser.StartElementHandler = refuse, begin
+    with contextlib.suppress(_Begun):
+        parser.Parse(text, True)
 
 
 def read(folder: Path, paths: list[Path]) -> Tags:

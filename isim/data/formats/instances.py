@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isim import errors
+from isim.data import files
 from isim.data.formats import json_files, tagged
 from isim.data.formats.tagged import Tagged, Tags
+from isim.data.prepared import id_fault
 from isim.errors import UserError
 from isim.metrics import IGNORE
 
@@ -63,6 +66,7 @@ class Instances:
         try:
             for one in sorted(objects, key=lambda one: (not one.get("iscrowd"), -_area(one))):
                 given = one["segmentation"]
+                _require_inside(given, height, width)
                 if isinstance(given, list):
                     code = outlines.merge(outlines.frPyObjects(given, height, width))
                 elif isinstance(given["counts"], list):
@@ -75,9 +79,8 @@ class Instances:
                 )
         # pycocotools meets a damaged outline with whatever its parser stumbles over.
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.path}: an outline of {name} is unusable ({reason}); mend it"
+                f"{self.path}: an outline of {name} is unusable ({errors.reason(error)}); mend it"
             ) from error
         return found
 
@@ -97,19 +100,19 @@ def read(path: Path, content: object = None) -> Instances:
     if not is_instances(given):
         raise UserError(f"{path} is no instances file of COCO: it has no list of images")
     try:
-        names = {int(one["id"]): str(one["name"]) for one in given.get("categories", ())}
+        names = {int(one["id"]): str(one["name"]).strip() for one in given.get("categories", ())}
         images = {
-            int(one["id"]): (_posix(one["file_name"]), int(one["height"]), int(one["width"]))
-            for one in given["images"]
+            int(one["id"]): (_posix(one["file_name"]), *_size(one)) for one in given["images"]
         }
         objects: dict[int, list[Annotation]] = {}
         for one in given.get("annotations", ()):
             if one["category_id"] not in names or one["image_id"] not in images:
                 raise ValueError(f"annotation {one.get('id')} is of no known image or category")
             objects.setdefault(int(one["image_id"]), []).append(one)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"{path} is no usable instances file of COCO ({what}); mend it") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} is no usable instances file of COCO ({errors.reason(error)}); mend it"
+        ) from error
     return Instances(path, tuple(names.values()), images, objects, names)
 
 
@@ -121,6 +124,29 @@ def class_ids(classes: Sequence[str]) -> dict[str, int]:
 def _area(annotation: Annotation) -> float:
     area = annotation.get("area")
     return float(area) if isinstance(area, int | float) else 0.0
+
+
+def _require_inside(outline: Any, height: int, width: int) -> None:  # noqa: ANN401 - of JSON
+    """Raise ValueError for an outline far outside of its image: pycocotools would end Python."""
+    if isinstance(outline, Mapping):
+        if [*outline["size"]] != [height, width]:
+            raise ValueError(f"it is of {outline['size']} pixels, the image {[height, width]}")
+        return
+    for polygon in outline:
+        points = np.asarray(polygon, np.float64)
+        # NaN is in no range.
+        if points.ndim != 1 or not (np.abs(points) <= 2 * max(height, width)).all():
+            raise ValueError("a corner lies far outside of the image")
+
+
+def _size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an image in pixels. ValueError for those of no image."""
+    height, width = int(image["height"]), int(image["width"])
+    if height < 1 or width < 1 or height * width > files.MOST_PIXELS:
+        raise ValueError(f"{image['file_name']} of {width}x{height} pixels")
+    if fault := id_fault(_posix(image["file_name"]).lstrip("/")):
+        raise ValueError(f"an image called {fault}")
+    return height, width
 
 
 def _posix(name: object) -> str:

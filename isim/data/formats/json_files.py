@@ -5,19 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isim import errors
 from isim.data.formats import tagged
 from isim.data.formats.tagged import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, Tagged, Tags
 from isim.data.problems import Problem
 from isim.errors import UserError
 
 LINES = {".jsonl", ".ndjson"}
+# COCO's and LVIS's largest files have less.
+_MOST_BYTES = 2 << 30
 
 
 def load(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     """Read a JSON file, or one of JSON lines as a list. Raises UserError when it is none."""
     number = 0
     try:
-        text = tagged.text_of(path)
+        text = tagged.text_of(path, _MOST_BYTES)
         if path.suffix.lower() not in LINES:
             return json.loads(text)
         values = []
@@ -28,9 +31,8 @@ def load(path: Path) -> Any:  # noqa: ANN401 - any JSON value
         return values
     except (OSError, ValueError, RecursionError) as error:
         place = f" line {number}" if number else ""
-        reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"{path}{place} is no readable JSON ({reason}); write it in UTF-8"
+            f"{path}{place} is no readable JSON ({errors.reason(error)}); write it in UTF-8"
         ) from error
 
 
@@ -81,13 +83,16 @@ def _row(where: str, entry: object, problems: list[Problem], path: Path) -> Tagg
         refuse("has no `image` or no `labels`")
         return None
     name, labels = entry[keys[image]], entry[keys[label]]
-    labels = [labels] if isinstance(labels, str | int) else labels
-    usable = labels is None or (
-        isinstance(labels, list) and all(isinstance(one, str | int) for one in labels)
-    )
-    if not isinstance(name, str | int) or not str(name).strip() or not usable:
+    labels = [labels] if _is_name(labels) else labels
+    usable = labels is None or (isinstance(labels, list) and all(map(_is_name, labels)))
+    if not _is_name(name) or not str(name).strip() or not usable:
         refuse("must name an image, and its labels as a list of names")
         return None
     found = None if labels is None else tagged.distinct(map(str, labels))
     told = "" if split is None else str(entry[keys[split]] or "")
     return Tagged(str(name), found, where, tagged.split_of(told, where, problems))
+
+
+def _is_name(value: object) -> bool:
+    """Tell whether a value can be a name: a text, or a number; `true` is none."""
+    return isinstance(value, str | int) and not isinstance(value, bool)

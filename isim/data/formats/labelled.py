@@ -1,6 +1,5 @@
 """Images with label maps that are to be written in another format."""
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from isim import errors
 from isim.data import files, label_sets, prepared
 from isim.data.formats import listing
 from isim.errors import UserError
@@ -202,7 +202,8 @@ def _names(folder: Path, root: Path) -> tuple[str, ...]:
     path = folder / "classes.json"
     if not path.exists():
         return ("background", *prepared.load(root).classes)
-    try:
-        return tuple(entry["name"] for entry in json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no list of classes; make the label maps again") from error
+    with errors.reading(path, "make the label maps again", "is no list of classes"):
+        names = tuple(entry["name"] for entry in errors.json_of(path))
+        if fault := next(filter(None, map(prepared.class_fault, names)), None):
+            raise ValueError(f"a class is called {fault}")
+        return names

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from isim import errors
 from isim.data.formats import annotation, class_folders, instances, json_files, tables
 from isim.data.formats.instances import Instances
 from isim.data.formats.listing import Listing
@@ -60,14 +61,15 @@ def read(wanted: str, root: Path, images: Path, listing: Listing) -> Read:
 
 def of_file(path: Path) -> Read:
     """Read a label file: a table, JSON, JSON lines or COCO's instances. UserError as its reader."""
-    if path.suffix.lower() not in _JSON:
-        return Read(tables.read(path), None, f"the table {path.name}", path=path)
-    content = json_files.load(path)
-    if instances.is_instances(content):
-        found = instances.read(path, content)
-        return Read(found.tags(), found, f"the COCO file {path.name}", path=path)
-    tags = json_files.read(path, content)
-    return Read(tags, None, f"the JSON file {path.name}", path=path)
+    with errors.reading(path, "docs/formats.md shows the forms of labels that are read"):
+        if path.suffix.lower() not in _JSON:
+            return Read(tables.read(path), None, f"the table {path.name}", path=path)
+        content = json_files.load(path)
+        if instances.is_instances(content):
+            found = instances.read(path, content)
+            return Read(found.tags(), found, f"the COCO file {path.name}", path=path)
+        tags = json_files.read(path, content)
+        return Read(tags, None, f"the JSON file {path.name}", path=path)
 
 
 def _folder(path: Path, images: Path, listing: Listing) -> Read:

@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from isim.data.files import HEIF
+from isim.data.files import HEIF, NO_IMAGES
 from isim.data.problems import Problem
+from isim.errors import UserError, reason
 
 # Left by systems and programs: hidden files are passed over, too.
 _ASIDE = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
-# Pillow opens them, but they are no photographs: documents, films, grids of a weather service.
-_NO_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "WMF", "MPEG", "FLI", "IPTC", "SPIDER", "MCIDAS"}
+# Characters of a name in a label file that is looked up: paths of files are shorter.
+_LONGEST = 4096
 # Files that belong beside images.
 _BESIDE = {".csv", ".tsv", ".tab", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".yaml",
            ".yml", ".html", ".pdf", ".log", ".zip", ".py", ".ipynb", ".dvc"}  # fmt: skip
@@ -27,7 +28,7 @@ def suffixes() -> frozenset[str]:
     """Suffixes, in small letters, of the image formats that can be read."""
     Image.init()
     known = Image.registered_extensions()
-    found = {suffix for suffix, name in known.items() if name in Image.OPEN.keys() - _NO_IMAGES}
+    found = {suffix for suffix, name in known.items() if name in Image.OPEN.keys() - NO_IMAGES}
     heif = HEIF if importlib.util.find_spec("pillow_heif") else set()
     return frozenset(found - HEIF | heif)
 
@@ -93,7 +94,7 @@ def why_not(path: Path) -> str:
 def _files(folder: Path, aside: set[Path]) -> Iterator[Path]:
     # Links are followed, as photographs often lie elsewhere; a circle of them only once.
     seen: set[tuple[int, int]] = set()
-    for text, names, files in os.walk(folder, followlinks=True):
+    for text, names, files in os.walk(folder, onerror=_refuse, followlinks=True):
         here = Path(text)
         status = here.stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -104,6 +105,14 @@ def _files(folder: Path, aside: set[Path]) -> Iterator[Path]:
             name for name in names if not _hidden(name) and (here / name).resolve() not in aside
         )
         yield from (here / name for name in files if not _hidden(name))
+
+
+def _refuse(error: OSError) -> None:
+    # Left out without a word, its images would be missed by nobody.
+    raise UserError(
+        f"the folder {error.filename} cannot be read ({reason(error)}); fix its permissions, or "
+        "move it away"
+    )
 
 
 def _hidden(name: str) -> bool:
@@ -149,6 +158,8 @@ class Names:
 
     def find(self, name: str) -> set[str]:
         """Find the ids that a name may mean: one where it is clear, none where it is missing."""
+        if len(name) > _LONGEST:
+            return set()
         given = unicodedata.normalize("NFC", name).replace("\\", "/")
         # A file's name may begin with a blank; those of a table's cell mean nothing.
         for text in dict.fromkeys((given, given.strip())):

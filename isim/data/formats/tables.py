@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from isim import errors
 from isim.data.formats import tagged
 from isim.data.formats.tagged import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, Tagged, Tags
 from isim.data.problems import Problem
@@ -55,6 +56,7 @@ def _parsed(path: Path) -> tuple[list[str], list[_Line]]:
     """Read header and lines, without empty ones."""
     try:
         text = tagged.text_of(path)
+        tagged.require_lines(path, text.split("\n"))
         first, _, rest = text.lstrip("\n").partition("\n")
         skipped = len(text) - len(text.lstrip("\n")) + 1
         if first.lower().startswith("sep=") and len(first) == 5:
@@ -68,9 +70,9 @@ def _parsed(path: Path) -> tuple[list[str], list[_Line]]:
         names = next(csv.reader([header], delimiter=delimiter), [])
         lines = _lines(path, list(io.StringIO(rest)), delimiter, skipped)
     except (OSError, ValueError, csv.Error) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot read {path} ({reason}); write one with the columns image,labels in UTF-8"
+            f"cannot read {path} ({errors.reason(error)}); write one with the columns "
+            "image,labels in UTF-8"
         ) from error
     return [name.strip() for name in names], lines
 

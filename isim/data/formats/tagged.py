@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from isim import errors
 from isim.data.problems import Problem
 from isim.errors import UserError
 
@@ -27,6 +28,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 BACKGROUND_NAME = "background"
+# Python makes no number of more than a few thousand digits.
+_DIGITS = 1000
 # The label that stands for no label, and texts, in small letters, that may mean this or `unknown`.
 NONE_NAME = "none"
 NO_NAMES = {"nan", "na", "n/a", "#n/a", "<na>", "null", "-", "--", "?"}
@@ -98,15 +101,18 @@ def natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
     """Return the key by which 2 comes before 10, and capitals do not matter."""
     parts = re.split(r"(\d+)", name.casefold())
     # `\d` takes digits of any script, and so does int.
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], name
+    numbers = [int(part) if part.isdecimal() and len(part) <= _DIGITS else None for part in parts]
+    named = zip(numbers, parts, strict=True)
+    return [(number is not None, number or 0, part) for number, part in named], name
 
 
-def text_of(path: Path) -> str:
+def text_of(path: Path, most: int = errors.TABLE) -> str:
     r"""Read a text file: UTF-8, with or without byte-order mark, or UTF-16 with one; lines end \n.
 
-    Raises UnicodeDecodeError for another encoding, and OSError.
+    Raises UnicodeDecodeError for another encoding, UserError if it is no regular file or has more
+    than `most` bytes, and OSError.
     """
-    data = path.read_bytes()
+    data = errors.contents(path, most)
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = data.decode("utf-16" if utf16 else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -114,7 +120,16 @@ def text_of(path: Path) -> str:
 
 def lines_of(path: Path) -> list[str]:
     """Read the lines of a text file as `text_of` does. Raises UserError when it is none."""
-    try:
-        return text_of(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); write it in UTF-8") from error
+    with errors.reading(path, "write it in UTF-8"):
+        return require_lines(path, text_of(path).split("\n"))
+
+
+def require_lines(path: Path, lines: list[str]) -> list[str]:
+    """Check that no line is longer than those of any list or table. Raises UserError if one is."""
+    for number, line in enumerate(lines, start=1):
+        if len(line) > errors.LINE:
+            raise UserError(
+                f"{path} line {number} has {len(line):,} characters, more than {errors.LINE:,}; "
+                "mend it"
+            )
+    return lines

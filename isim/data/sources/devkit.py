@@ -3,7 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from isim.data.formats import annotation
+from isim.data.formats import annotation, tagged
+from isim.data.prepared import split_fault
 from isim.data.problems import Problem
 from isim.data.sources.source import Entry, Source, check_labels
 from isim.errors import UserError
@@ -31,8 +32,15 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
         path = lists / f"{split}.txt"
         if not path.exists():
             continue
-        listed = Counter(path.read_text(encoding="utf-8", errors="replace").split())
-        there = tuple(listed)
+        lines = tagged.lines_of(path)
+        listed = Counter(name for line in lines for name in line.split())
+        # Outputs are named after the id.
+        odd = [name for name in listed if name.startswith(".") or split_fault(name)]
+        problems += [
+            Problem("list names no image", f"{path}: '{name}' is no plain image id", str(path))
+            for name in odd
+        ]
+        there = tuple(name for name in listed if name not in odd)
         if split == "test":
             there = tuple(name for name in listed if (images / f"{name}.jpg").exists())
             if lacking := len(listed) - len(there):
@@ -43,12 +51,7 @@ def read_devkit(devkit: Path, classes: tuple[str, ...]) -> Source:
                 continue
         splits[split] = there
         for name in there:
-            # Outputs are named after the id.
-            if Path(name).name != name or name.startswith("."):
-                what = f"{path}: '{name}' is no plain image id"
-                problems.append(Problem("list names no image", what, str(path)))
-            else:
-                entries.setdefault(name, read_entry(devkit, name, classes, split != "test"))
+            entries.setdefault(name, read_entry(devkit, name, classes, split != "test"))
         problems += [
             Problem("listed twice", f"{path}: {name} is listed more than once", str(path))
             for name, count in listed.items()

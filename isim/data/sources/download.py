@@ -1,10 +1,13 @@
 """Official archives: use what is there, else download (resumable), check, extract safely."""
 
 import contextlib
+import gzip
+import queue
 import shutil
 import tarfile
 import tempfile
-import zlib
+import threading
+import time
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
@@ -14,9 +17,18 @@ from urllib.request import Request, urlopen
 
 from filelock import FileLock
 
-from isim.errors import UserError
+from isim.errors import UserError, reason, regular
 from isim.runtime import progress
 from isim.runtime.identity import md5
+
+# No official archive has more bytes: a server that never ends would fill the disk.
+MOST_BYTES = 16 << 30
+# Seconds that a server has to begin its answer, and in which `LEAST` bytes of it must come: one
+# that drips would be waited for, for weeks.
+ANSWER_SECONDS, WINDOW_SECONDS, LEAST = 120.0, 120.0, 1 << 20
+# Bytes that an archive unpacks to: at most, and for a small one; in between this often its own.
+MOST_UNPACKED, LEAST_UNPACKED, MOST_RATIO = 64 << 30, 1 << 30, 50
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -69,34 +81,68 @@ def fetch(url: str, path: Path) -> None:
         OSError: The file cannot be written.
     """
     part = path.with_name(path.name + ".part")
+    if part.exists():
+        regular(part)
     start = part.stat().st_size if part.exists() else 0
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        with contextlib.closing(urlopen(request, timeout=60)) as reply:
+        with contextlib.closing(_answer(request)) as reply:
             # 200 instead of 206: the server does not resume and sends the whole file.
             _save(reply, part, start if reply.status == HTTPStatus.PARTIAL_CONTENT else 0)
-    except (URLError, ConnectionError, TimeoutError, HTTPException) as error:
+    except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as error:
         # Asked for bytes behind the end: the part is the whole, its md5 will tell.
         if getattr(error, "code", None) != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise UserError(
-                f"cannot download {url}: {str(error).strip('<>')}; run the same command again to "
-                f"resume, or put the file at {path}"
+                f"cannot download {url}: {str(error).strip('<>') or reason(error)}; run the same "
+                f"command again to resume, or put the file at {path}"
             ) from error
     part.replace(path)
+
+
+def _answer(request: Request) -> HTTPResponse:
+    """Send a request; TimeoutError if the answer does not begin, a header a time, for long."""
+    found: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found.put(urlopen(request, timeout=60))
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = found.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {ANSWER_SECONDS:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _save(reply: HTTPResponse, part: Path, start: int) -> None:
     length = reply.headers.get("Content-Length")
     total = start + int(length) if length else None
+    if total is not None and not 0 <= total <= MOST_BYTES:
+        raise ValueError(f"{total} bytes are no archive that is known")
     size = None if total is None else total / 1e6
     with (
         part.open("ab" if start else "wb") as stream,
         progress.task(f"download of {part.stem}", size, "MB", before=start / 1e6) as loaded,
     ):
-        while chunk := reply.read(1 << 20):
+        done, began, before = start, time.monotonic(), start
+        # What is there: a whole chunk may never be.
+        while chunk := reply.read1(_CHUNK):
             stream.write(chunk)
             loaded.add(len(chunk) / 1e6)
-        done = stream.tell()
+            done += len(chunk)
+            if done > (MOST_BYTES if total is None else total):
+                raise ValueError(f"it goes on after {done} bytes, more than there should be")
+            if time.monotonic() - began > WINDOW_SECONDS:
+                if done - before < LEAST:
+                    raise TimeoutError(
+                        f"{done - before} bytes in {WINDOW_SECONDS:.0f} s are too few"
+                    )
+                began, before = time.monotonic(), done
     # A lost connection looks like the end of the file.
     if total is not None and done < total:
         raise ConnectionError(f"the connection was lost after {done} of {total} bytes")
@@ -125,12 +171,14 @@ def extract(archive: Path, folder: str, destination: Path) -> None:
         OSError: The disk cannot be written.
     """
     target = destination / folder
+    regular(archive)
     with tempfile.TemporaryDirectory(prefix=".extract-", dir=destination) as name:
         try:
             with tarfile.open(archive) as tar:
                 # What could leave the folder is refused below; the filter, which Python has since
                 # 3.11.4, also tames permissions.
                 tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+                room = max(min(MOST_UNPACKED, MOST_RATIO * archive.stat().st_size), LEAST_UNPACKED)
                 for member in progress.track(tar, f"extract {archive.name}", unit="file"):
                     path = PurePosixPath(member.name)
                     below = path.is_relative_to(folder)
@@ -140,14 +188,30 @@ def extract(archive: Path, folder: str, destination: Path) -> None:
                             f"{archive} holds {member.name}, which could leave the folder; do not "
                             "trust this file, fetch the official one"
                         )
+                    room -= member.size
+                    if room < 0:
+                        raise UserError(
+                            f"{archive} unpacks to far more than an archive of its size holds; do "
+                            "not trust this file, fetch the official one"
+                        )
                     if below:
                         tar.extract(member, name)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{archive} is no usable tar archive ({error}); delete it and fetch it again"
-            ) from error
+        # A full disk is no fault of the archive.
+        except (UserError, OSError) as error:
+            if isinstance(error, gzip.BadGzipFile):
+                raise _unusable(archive, error) from error
+            raise
+        # tarfile meets damage with whatever its parsers stumble over.
+        except Exception as error:
+            raise _unusable(archive, error) from error
         found = Path(name) / folder
         if not found.is_dir():
             raise UserError(f"{archive} holds no folder {folder}; put the official archive there")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(found, target)
+
+
+def _unusable(archive: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{archive} is no usable tar archive ({reason(error)}); delete it and fetch it again"
+    )

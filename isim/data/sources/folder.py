@@ -240,9 +240,6 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
         if (other := folded.setdefault(name.casefold(), name)) != name:
             what = f"the labels '{other}' and '{name}' differ in case only; they are two classes"
             found.problems.append(Problem("labels that differ in case", what, error=False))
-        if ";" in name or "\n" in name:
-            what = f"the label '{name[:40]}' has a `;` in it; rename the class"
-            found.problems.append(Problem("unusable label", what))
     classes = found.listed or tuple(named)
     found.problems += [
         Problem(

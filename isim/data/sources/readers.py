@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from isim import errors
 from isim.data.sources import coco, folder, shapes, voc
 from isim.data.sources.source import Source
 from isim.errors import UserError
@@ -24,9 +25,10 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     Raises:
         UserError: The data is missing, unreadable or not of the described form.
     """
-    try:
-        return READERS[params.source](params, root, out)
-    except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename}: {error.strerror}; fix its permissions"
-        ) from error
+    with errors.reading(f"the data in {root}", "mend the file, or move it away"):
+        try:
+            return READERS[params.source](params, root, out)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; fix its permissions, or mend that"
+            ) from error

@@ -1,11 +1,13 @@
 """SBD's images and masks as VOC's trainaug split (spec 2)."""
 
+import io
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from isim import errors
 from isim.data.files import write_label_map
 from isim.data.problems import Problem
 from isim.data.sources.devkit import read_entry
@@ -79,12 +81,11 @@ def _convert(masks: Path, path: Path) -> set[int] | str:
     from scipy.io import loadmat
 
     try:
-        mask: np.ndarray = loadmat(path)["GTcls"][0]["Segmentation"][0]
+        mask: np.ndarray = loadmat(io.BytesIO(errors.contents(path)))["GTcls"][0]["Segmentation"][0]
         if mask.dtype != np.uint8 or mask.ndim != 2:
             raise ValueError(f"{mask.dtype} of {mask.ndim} dimensions")
     # scipy meets damage with whatever its parser stumbles over (zlib, struct, type errors ...).
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"SBD mask {path} is unreadable ({reason}); extract it again"
+        return f"SBD mask {path} is unreadable ({errors.reason(error)}); extract it again"
     write_label_map(masks / f"{path.stem}.png", mask)
     return set(np.unique(mask).tolist())

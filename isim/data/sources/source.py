@@ -11,6 +11,7 @@ from PIL import Image
 from isim.data import files, problems
 from isim.data.formats import masks
 from isim.data.formats.tagged import BACKGROUND_NAME
+from isim.data.prepared import class_fault, id_fault
 from isim.data.problems import Problem
 from isim.errors import UserError
 from isim.metrics import IGNORE
@@ -154,6 +155,18 @@ def examine(source: Source, treatment: Treatment) -> Examined:
         for name, ids in source.splits.items()
         if not ids
     ]
+    found += [
+        Problem("unusable class", f"a class is called {fault}; rename it")
+        for fault in map(class_fault, source.classes)
+        if fault
+    ]
+    for id_ in source.entries:
+        if fault := id_fault(id_):
+            where = str(source.entries[id_].image)
+            found.append(Problem("unusable name", f"an image is called {fault}; rename it", where))
+    if any(problem.kind == "unusable name" and problem.error for problem in found):
+        # Files of outs cannot have these names.
+        return Examined(source, {}, tuple(found))
     check = partial(_check, source, treatment)
     results = dict(
         zip(source.entries, in_threads(check, source.entries.items(), "check"), strict=True)

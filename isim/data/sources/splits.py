@@ -88,6 +88,9 @@ def _listed(path: Path, names: Names, problems: list[Problem]) -> dict[str, str]
             what = f"{where}: '{line.strip()[:80]}' is {'no image' if not ids else 'not clear'}"
             problems.append(Problem("list names no image", f"{what}; mend the list", str(path)))
         for id_ in ids if len(ids) == 1 else ():
+            if id_ in found:
+                what = f"{where}: {id_} is listed in {found[id_]}, too; list it once"
+                problems.append(Problem("listed twice", what, str(path)))
             found.setdefault(id_, where)
     return found
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from isim import errors
 from isim.data import files
 from isim.data.prepared import Item, Prepared
 from isim.reporting import words
@@ -19,6 +20,7 @@ from isim.runtime import atomic
 # A table of pairs of more classes than these is too wide: the most frequent pairs are listed.
 WIDE, PAIRS = 20, 20
 PROBLEMS = 200
+_REMEDY = "run `dvc repro` again"
 
 
 class Problems(NamedTuple):
@@ -33,7 +35,8 @@ def rows(path: Path) -> list[dict[str, str]]:
     """Read a CSV table; no rows where there is none."""
     if not path.exists():
         return []
-    return atomic.read_csv(path)
+    with errors.reading(path, _REMEDY, "is damaged"):
+        return atomic.read_csv(path)
 
 
 def colors(count: int) -> list[str]:

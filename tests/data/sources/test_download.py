@@ -2,9 +2,11 @@
 
 import http.server
 import io
+import socket
 import tarfile
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import given
@@ -44,6 +46,8 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves `data` at any address; `resumes` honours Range, `stop_after` hangs up early."""
 
     resumes, stop_after, status = True, None, 200
+    # What it says its length is (0: as it is, None: nothing), and what it sends without end.
+    length, drip, pause = 0, b"", 0.02
 
     @property
     def archive(self):
@@ -59,9 +63,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = data[int(wanted.removeprefix("bytes=").rstrip("-")) :]
             status = 206 if data else 416
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.length is not None:
+            self.send_header("Content-Length", str(self.server.length or len(data)))
         self.end_headers()
         self.wfile.write(data[: self.server.stop_after])
+        with suppress(OSError):
+            while self.server.drip:
+                self.wfile.write(self.server.drip)
+                time.sleep(self.server.pause)
 
     def log_message(self, *arguments):
         pass
@@ -187,5 +196,40 @@ def test_archives_that_leave_the_folder_are_refused(tmp_path, members):
 def test_archives_that_are_no_use_are_refused(tmp_path, data):
     (tmp_path / "kit.tar").write_bytes(data)
     with pytest.raises(UserError, match=r"no usable tar archive|holds no folder kit/VOC"):
+        extract(tmp_path / "kit.tar", FOLDER, tmp_path)
+    assert names(tmp_path) == ["kit.tar"]
+
+
+def test_a_server_that_drips_or_never_ends_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "WINDOW_SECONDS", 0.2)
+    with serving(b"x") as server:
+        server.length, server.drip = None, b"x"
+        with pytest.raises(UserError, match=r"bytes in 0 s are too few; run the same command"):
+            fetch(server.archive.url, tmp_path / "kit.tar")
+        monkeypatch.setattr(download, "MOST_BYTES", 1 << 20)
+        server.drip, server.pause = bytes(1 << 17), 0
+        with pytest.raises(UserError, match="more than there should be"):
+            fetch(server.archive.url, tmp_path / "other.tar")
+        server.length = 1 << 60
+        with pytest.raises(UserError, match="no archive that is known"):
+            fetch(server.archive.url, tmp_path / "third.tar")
+        server.drip = b""
+    assert (tmp_path / "other.tar.part").stat().st_size < 2 << 20
+
+
+def test_a_server_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/kit.tar"
+        refused = pytest.raises(UserError, match="no answer within")
+        with refused:
+            fetch(address, tmp_path / "kit.tar")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MOST_UNPACKED", 4000)
+    monkeypatch.setattr(download, "LEAST_UNPACKED", 4000)
+    (tmp_path / "kit.tar").write_bytes(make_tar())
+    with pytest.raises(UserError, match="unpacks to far more"):
         extract(tmp_path / "kit.tar", FOLDER, tmp_path)
     assert names(tmp_path) == ["kit.tar"]
