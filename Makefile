@@ -9,9 +9,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # dvc.yaml runs `isim`, which must be the one of this virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# Prints the tracking store's address; a database that several processes touch first is lost.
+# A database that several processes touch first is lost.
 STORE := from pathlib import Path; from isim.reporting import store; \
-  uri = store.tracking_uri(Path.cwd()); store.create_database(uri); print(uri)
+  store.create_database(store.tracking_uri(Path.cwd()))
 
 .PHONY: demo repository demo-evidence test lint ui bench torture fuzz docs database
 
@@ -36,13 +36,11 @@ lint: $(INSTALLED)
 	mypy
 	codespell
 
-# One worker and no job runner: starts several times faster in a quarter of the memory.
 ui: $(INSTALLED)
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 \
-	  --backend-store-uri "$$(python -c '$(STORE)')"
+	isim ui
 
 database: $(INSTALLED)
-	@python -c '$(STORE)' >/dev/null
+	@python -c '$(STORE)'
 
 # Damaged files for every reader, five minutes; other ones from another FIRST on.
 fuzz: $(INSTALLED)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 import typer
 
 from isim import errors
-from isim.errors import UserError
+from isim.errors import UserError, hide_secrets, without_secrets
 from isim.runtime.ending import watch_signals
 
 # Characters of an error that nobody foresaw, which leave room for the file that tells the rest.
@@ -213,6 +213,19 @@ def results() -> None:
     from isim.reporting import results as report
 
     typer.echo(report.table(Path.cwd()))
+
+
+@_command
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
+) -> None:
+    """Show all runs in MLflow, in a browser; Ctrl-C ends it."""
+    from isim.reporting import ui as server
+
+    words, environment, address = server.command(Path.cwd(), port)
+    typer.echo(f"isim: open {address}")
+    sys.stdout.flush()
+    os.execve(words[0], words, environment)
 
 
 @_command
@@ -462,6 +475,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Names of files are of any script, whatever a terminal can show.
             stream.reconfigure(errors="backslashreplace")
+            hide_secrets(stream)
     try:
         app()
     except Exception as error:
@@ -507,7 +521,7 @@ def _tell_unknown(error: Exception) -> NoReturn:
     told = errors.one_line(f"{type(error).__name__}: {errors.reason(error)}", _TOLD)
     try:
         path = _errors_file()
-        path.write_text(errors.without_secrets(lines), encoding="utf-8", errors="backslashreplace")
+        path.write_text(without_secrets(lines), encoding="utf-8", errors="backslashreplace")
         where = f"a fault of isim's: please report it with {path}"
     except OSError as unwritable:
         where = f"a fault of isim's, whose traceback cannot be kept ({errors.reason(unwritable)})"

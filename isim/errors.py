@@ -2,7 +2,8 @@
 
 Files come from anywhere: a reader opens them by `opened`, `contents` or `text`, which take regular
 files of a bounded size alone, and stands inside `reading`, which turns whatever its parsers stumble
-over into one line that names the file and what to do.
+over into one line that names the file and what to do. Whatever leaves the process in words
+(messages, logs, tags, tables) goes through `without_secrets`.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from urllib.parse import quote, unquote
 
 # Characters of a message, and of a value that a parser's own words may quote.
 LONGEST, _QUOTED = 285, 100
@@ -28,6 +30,20 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+# What stands in the place of a secret.
+HIDDEN = "***"
+# User and password of a URI: up to the last @, as passwords may hold /, @ and : unquoted.
+_USER = re.compile(r"([A-Za-z][\w+.-]*://)(?:[^\s/:'\"]*:\S*@|[^\s/@'\"]+@)")
+_WORDS = r"pass(?:word|wd|phrase)?|pwd|secret|api[-_]?key|access[-_]?key(?:[-_]?id)?|signature"
+_NAMED = re.compile(
+    rf"(?i)(\b(?:(?:\w*[-_])?(?:{_WORDS}|\w*token|credentials?)['\"]?\s*[=:]\s*|(?:sig|auth)=))"
+    r"(\"[^\"]*\"|'[^']*'|[^\s&#'\",;]+)"
+)
+_HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*['\"]?)?(basic|bearer)\s+[\w+/=.~-]{6,}")
+# Environment variables that hold nothing else.
+_VARIABLE = re.compile(rf"(?i)(?:^|_)(?:{_WORDS}|pgpassword|token|credentials?)$|^pgpassword$")
+# Values that say yes or no; as secrets they would be no secrets.
+_PLAIN = {"true", "false", "none", "null", "yes", "no", "auto"}
 
 
 class UserError(Exception):
@@ -45,15 +61,6 @@ class UserError(Exception):
     def __str__(self) -> str:
         """Return the message as `one_line` makes it, and the details below it."""
         return "\n  ".join(one_line(str(part)) for part in self.args)
-
-
-# What stands before the host of an address, whatever characters a password has, and in its query.
-_SECRETS = re.compile(r"(?<=://)[^\s'\"]*@|(?<=[?&])(password|token|secret)=[^&\s'\"]*", re.I)
-
-
-def without_secrets(text: str) -> str:
-    """Leave out of a text what its addresses tell of names and passwords."""
-    return _SECRETS.sub(lambda found: f"{found[1]}=***" if found[1] else "***@", text)
 
 
 def printable(text: str) -> str:
@@ -181,3 +188,54 @@ def text(path: Path, most: int = SMALL) -> str:
 def json_of(path: Path, most: int = SMALL) -> Any:  # noqa: ANN401 - any JSON value
     """Read a JSON file; ValueError or RecursionError if it is none, other errors as of `opened`."""
     return json.loads(text(path, most))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with `***` for passwords, tokens and keys.
+
+    Those are the user and password of a URI, values behind words such as `password=` and `token=`,
+    and whatever a variable of the environment holds as one, also quoted, or in pieces: a library
+    that takes a password apart at its `@` or `/` tells of the pieces.
+    """
+    for secret in sorted(_known(), key=len, reverse=True):
+        if secret in text:
+            text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", HIDDEN, text)
+    text = _HEADER.sub(lambda found: f"{found[1] or ''}{found[2]} {HIDDEN}", text)
+    # Before users: a password in the options of a URI may hold an @.
+    return _USER.sub(rf"\1{HIDDEN}@", _NAMED.sub(rf"\1{HIDDEN}", text))
+
+
+def hide_secrets(stream: TextIO) -> None:
+    """Let a stream write no secret, whoever writes to it: prints, logs, warnings, tracebacks."""
+    write = stream.write
+    if not hasattr(write, "hides_secrets"):
+
+        def hidden(text: str, /) -> int:
+            write(without_secrets(text))
+            return len(text)
+
+        hidden.hides_secrets = True  # type: ignore[attr-defined]
+        stream.write = hidden  # type: ignore[method-assign]
+
+
+def _known() -> set[str]:
+    """List what the environment holds: passwords, their quoted forms and their pieces."""
+    found = set()
+    for secret in _of_environment():
+        forms = {secret, quote(secret, safe=""), quote(secret), unquote(secret)}
+        for form in forms:
+            found |= {form, *re.split(r"[/@:?#&=%\s]+", form)}
+    return {one for one in found if len(one) > 1 and one.lower() not in _PLAIN}
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        # The shell's own PWD is a folder, and so may be where a secret lies.
+        if _VARIABLE.search(name) and not os.path.isabs(value):
+            yield value
+        elif uri := re.match(r"[A-Za-z][\w+.-]*://(.*)@", value, re.DOTALL):
+            user, _, password = uri[1].partition(":")
+            yield password or user
+        # Those among the options of an address.
+        if "://" in value:
+            yield from (found[2].strip("'\"") for found in _NAMED.finditer(value))

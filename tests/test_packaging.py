@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
 # Run, or loaded by a library, rather than imported.
 TOOLS = {"codespell", "mkdocs-material", "mkdocstrings", "mypy", "pre-commit", "psycopg2-binary"}
+TOOLS |= {"flask-wtf"}
 TOOLS |= {"pytest-xdist", "ruff", "setuptools"}
 
 

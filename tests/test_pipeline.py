@@ -175,12 +175,14 @@ def check_tracking(project):
     assert experiment.artifact_location == (project / "mlartifacts").as_uri()
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
+    runs = [run for run in runs if run.data.tags["stage"] != "pictures"]
     parents = {run.info.run_id: run for run in runs if run.data.tags["stage"] == "pipeline"}
     children: dict[str, list[str]] = {}
     for child in runs:
         if child.info.run_id not in parents:
             parent = parents[child.data.tags["mlflow.parentRunId"]]
-            children.setdefault(parent.info.run_name, []).append(child.data.tags["stage"])
+            name = parent.data.tags["isim.pipeline"]
+            children.setdefault(name, []).append(child.data.tags["stage"])
     assert sorted(children.pop("other-seed")) == sorted(
         name.split("@")[0] for name in AFTER_TRAINING
     )

@@ -23,7 +23,7 @@ LINKS = """Where to look next
 # The clone of isim has a Makefile, a project of one's own has none.
 _UI = {
     True: "make ui                   every run in MLflow",
-    False: "mlflow ui --backend-store-uri sqlite:///mlflow.db: every run in MLflow",
+    False: "isim ui                   every run in MLflow",
 }
 
 

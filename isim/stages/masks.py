@@ -145,7 +145,7 @@ def _report(about: Mapping[str, Any], ious: Sequence[Mapping[str, Any]], here: S
     found = {name: row["miou"] for name, row in splits.items() if "miou" in row}
     here.figures(about, {"masks": found})
     here.table("per_class", ious, ("split", "class", "iou"))
-    here.tracked.headline({f"{name}_mask_miou": value for name, value in found.items()})
+    here.tracked.headline({f"{name}_miou": value for name, value in found.items()})
     mious = "".join(f", mIoU on {name} {100 * value:.2f}" for name, value in found.items())
     progress.tell(
         f"masks: {about['images']} label maps ({about['label_set']} of {about['labels']}, "

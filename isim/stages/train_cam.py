@@ -312,7 +312,8 @@ def _log(here: Stage, row: Row, shown: Sequence[Item]) -> None:
         for item in shown:
             with here.drawing(f"{item.id}.png"):
                 square = pictures.strip(item, _results(here, number, item), columns=2)
-                here.tracked.image(f"pictures/{item.id}", square, step=number)
+                # MLflow's slider stands at step 0 when it is opened.
+                here.tracked.image(f"pictures/{item.id}", square, step=number - 1)
 
 
 def _report(about: Row, made: Rounds | FrozenRounds, disputed: Sequence[Row], here: Stage) -> None:

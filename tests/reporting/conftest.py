@@ -26,7 +26,7 @@ class Project:
 
     def __init__(self, root):
         self.root = root
-        self.client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+        self.client = MlflowClient(store.database_uri(root / "mlflow.db"))
 
     def open(self, stage="train_cam", *, root=None, identity="a", label_set="", **changes):
         section = getattr(PARAMS, stage).model_copy(update=changes)
@@ -82,10 +82,22 @@ def fresh_database(tmp_path_factory):
 
 
 @pytest.fixture
-def tracked(tmp_path, fresh_database):
-    shutil.copy(fresh_database, tmp_path / "mlflow.db")
-    (tmp_path / "params.yaml").write_text(preset.text("tiny"))
-    return Project(tmp_path)
+def project_at(fresh_database):
+    """A function that makes a project in a folder, or finds the one that is there."""
+
+    def make(root):
+        if not (root / "mlflow.db").exists():
+            root.mkdir(exist_ok=True)
+            shutil.copy(fresh_database, root / "mlflow.db")
+            (root / "params.yaml").write_text(preset.text("tiny"))
+        return Project(root)
+
+    return make
+
+
+@pytest.fixture
+def tracked(tmp_path, project_at):
+    return project_at(tmp_path)
 
 
 @pytest.fixture

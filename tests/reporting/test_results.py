@@ -43,7 +43,7 @@ def test_results_are_in_percent(table):
     text = table({ROUNDS: rounds, FINAL: final})
     for row in ("1 5 31.2 40.0 12.3", "2 15 45.6 - 11.0", "train 50.0 62.5"):
         assert row.split() in cells(text)
-    assert "round_01" not in text and "mlflow ui" in text
+    assert "round_01" not in text and "isim ui" in text
 
 
 def test_results_show_the_random_walk_where_there_is_one(table):

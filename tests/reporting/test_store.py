@@ -2,16 +2,20 @@
 
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from isim.experiments import preset
-from isim.reporting import store
+from isim.reporting import execution, store
 from isim.runtime.identity import md5
 
 
@@ -27,7 +31,9 @@ def test_stages_of_one_execution_share_a_parent_and_go_no_deeper(tracked):
     (child,) = tracked.runs(stage="evaluate")
     children = [child, *tracked.runs(stage="prepare")]
     assert set(tags_of(children, "mlflow.parentRunId")) == {parent.info.run_id}
-    assert [run.info.status for run in tracked.runs()] == ["FINISHED"] * 3
+    # Two stages are not the pipeline.
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert parent.info.status == "KILLED" and "train_cam" in parent.data.tags["isim.missing"]
     # Flat, nested sections included; the parent holds all sections, a child its own.
     assert child.data.params["evaluate.crf.steps"] == parent.data.params["crf.steps"] == "2"
     assert "prepare.source" not in child.data.params
@@ -75,7 +81,7 @@ def test_experiments_of_dvc_are_kept_at_home(tracked, tmp_path_factory, monkeypa
     tracked.run(act=lambda run: run.artifact_file(copy / "params.yaml"), root=copy)
     assert [p.name for p in copy.iterdir()] == ["params.yaml"]
     (parent,) = tracked.runs(**{"isim.pipeline": "wary-eels", "stage": "pipeline"})
-    assert parent.info.run_name == "wary-eels"
+    assert parent.info.run_name == "deeplabcam resnet10t seed 0 (wary-eels)"
     assert list((tracked.root / "mlartifacts").rglob("params.yaml"))
 
 
@@ -99,7 +105,14 @@ def test_git_state_is_recorded(tracked):
     assert tags_of(runs, "isim.dvc_lock")[0] == md5(root / "dvc.lock")
     # A comment changes no parameter: still the same execution.
     (parent,) = tracked.runs(stage="pipeline")
-    assert parent.info.run_name.startswith(git("rev-parse", "HEAD")[:8])
+    assert parent.data.tags["isim.pipeline"].startswith(git("rev-parse", "HEAD")[:8])
+    remote = "https://ann:ghp_secret@example.org/a.git"
+    git("remote", "add", "origin", remote)
+    git("config", "user.name", "Ann")
+    tracked.run("prepare")
+    (run,) = tracked.runs(stage="prepare")
+    assert run.data.tags["mlflow.user"] == "Ann"
+    assert run.data.tags["mlflow.source.git.repoURL"] == "https://***@example.org/a.git"
 
 
 def test_an_experiment_that_another_project_has_just_created_is_used(tracked, monkeypatch):
@@ -145,7 +158,7 @@ print(is_telemetry_disabled(), gc.isenabled())
     assert [process.communicate() for process in processes] == [("[]\nTrue True\n", "")] * 4
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("isim").experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    assert sorted(run.info.status for run in runs) == [*["FINISHED"] * 4, "KILLED"]
     figures = sorted(figure for run in runs for figure in run.data.metrics.values())
     assert figures == [0, 1, 2, 3]
     assert not list(tmp_path.glob(".tmp-*"))
@@ -161,10 +174,23 @@ def test_a_creation_that_dies_leaves_no_database(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".isim"]
 
 
-def test_an_unreachable_server_is_an_error_at_the_start(tracked, free_port, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port}")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:{}@127.0.0.1:{}",
+        "http://me@127.0.0.1:{1}/?password={0}",
+        "postgresql://me:{}@127.0.0.1:{}/isim",
+        "postgresql://127.0.0.1:{1}/isim?password={0}",
+    ],
+)
+@pytest.mark.parametrize("secret", ["s3cret", "p@ssw0rd", "pa/ssw0rd", "pa%2Fssw0rd"])
+def test_a_store_out_of_reach_is_one_line_without_secrets(
+    address, secret, tracked, free_port, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(secret, free_port))
     told = tracked.refused("unset MLFLOW_TRACKING_URI")
-    assert "\n" not in told and "secret" not in told
+    assert "\n" not in told and len(told) < 300
+    assert not [part for part in (secret, "s3cret", "ssw0rd") if part in told]
 
 
 def test_a_failing_server_is_asked_twice_only(tracked, monkeypatch):
@@ -192,3 +218,129 @@ def test_an_unusable_database_is_an_error_at_the_start(tracked, name):
     (tracked.root / "mlflow.db").unlink()
     (tracked.root / name).write_text("neither database nor folder " * 100)
     tracked.refused(str(tracked.root))
+
+
+@pytest.mark.parametrize(
+    "name", ["a%20b", "what?", "a#b", "two words", "狐 ä", "a%b?x=1&y", "it's", "u@h:1", 'a"b;c']
+)
+def test_any_name_of_a_folder_will_do(name, tmp_path, project_at):
+    root = tmp_path / name
+    project = project_at(root)
+    project.run(act=lambda run: run.artifact_file(root / "params.yaml"))
+    assert len(project.runs(stage="train_cam")) == 1
+    assert list((root / "mlartifacts").rglob("params.yaml"))
+    # Nothing beside it, as in a folder whose name ends at a question mark.
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert store.database_file(store.tracking_uri(root)) == root / "mlflow.db"
+
+
+def test_a_database_is_made_in_a_folder_of_any_name(tmp_path):
+    path = tmp_path / "what? 100%20" / "mlflow.db"
+    store.create_database(store.database_uri(path))
+    assert [found.name for found in tmp_path.iterdir()] == ["what? 100%20"]
+    assert path.stat().st_size > 0
+
+
+def test_a_moved_project_keeps_its_artifacts_with_it(tracked, project_at, tmp_path_factory):
+    old = tracked.root
+    weights = old / "model.safetensors"
+    weights.write_bytes(b"weights")
+
+    def act(run):
+        run.artifact_file(old / "params.yaml")
+        run.register_model("cam", weights)
+
+    before = tracked.run(act=act).run_id
+    new = tmp_path_factory.mktemp("moved") / "project"
+    shutil.copytree(old, new)
+    shutil.rmtree(old / "mlartifacts")
+    moved = project_at(new)
+    run = moved.run(act=lambda run: run.artifact_file(new / "params.yaml"), identity="b")
+    assert not (old / "mlartifacts").exists()
+    for run_id in (before, run.run_id):
+        where = moved.client.get_run(run_id).info.artifact_uri
+        assert where.startswith((new / "mlartifacts").as_uri())
+        found = moved.client.download_artifacts(run_id, "params.yaml")
+        assert Path(found).read_text() == (new / "params.yaml").read_text()
+
+
+def test_a_deleted_experiment_is_one_line_with_the_remedy(tracked, monkeypatch):
+    tracked.run()
+    number = tracked.client.get_experiment_by_name("isim").experiment_id
+    tracked.client.delete_experiment(number)
+    told = tracked.refused("was deleted")
+    assert len(told) < 300 and "\n" not in told
+    command = told.partition("restore it by ")[2]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], cwd=tracked.root, env=environment, check=True)
+    tracked.run()
+
+
+def test_a_process_that_took_the_number_of_another_is_not_its_run(tracked):
+    """As in containers, where each first process is number 1."""
+    with tracked.open() as run:
+        pass
+    client = tracked.client
+    for start, status in ((execution.started(os.getpid()), "RUNNING"), ("a boot 1", "KILLED")):
+        client.set_tag(run.run_id, "isim.pid", str(os.getpid()))
+        client.set_tag(run.run_id, "isim.process", start)
+        client.update_run(run.run_id, status="RUNNING")
+        store.refresh(tracked.root)
+        assert client.get_run(run.run_id).info.status == status
+
+
+def test_two_projects_may_start_on_one_fresh_store(tmp_path, monkeypatch):
+    """Each has an execution of its own, though nothing but the folder tells them apart."""
+    script = """
+import sys
+from pathlib import Path
+from isim import params
+from isim.reporting import tracking
+root = Path(sys.argv[1])
+section = params.load(root / "params.yaml").prepare
+weights = root / "w.safetensors"
+weights.write_bytes(b"w")
+with tracking.stage_run("prepare", section, root, inputs={}, identity="a") as run:
+    run.register_model("cam", weights)
+"""
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTEST_CURRENT_TEST")}
+    pipe, processes = subprocess.PIPE, []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "params.yaml").write_text(preset.text("tiny"))
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        env = kept | {"MLFLOW_TRACKING_URI": uri}
+        processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
+    assert [process.communicate() for process in processes] == [("", "")] * 2
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("isim").experiment_id])
+    assert len({run.data.tags["isim.project"] for run in runs}) == 2 and len(runs) == 4
+    assert len(client.search_model_versions("name = 'cam'")) == 2
+
+
+def test_names_tell_what_differs(tracked):
+    for old, new in (("", ""), ("seed: 0", "seed: 1"), ("warmup_epochs: 1", "warmup_epochs: 2")):
+        text = preset.text("tiny")
+        assert old in text
+        (tracked.root / "params.yaml").write_text(text.replace(old, new))
+        tracked.run()
+    names = [run.info.run_name for run in tracked.runs(stage="pipeline")]
+    base = "deeplabcam resnet10t seed"
+    assert names == [f"{base} 0", f"{base} 1", f"{base} 0 warmup_epochs 2"]
+    children = [run.info.run_name for run in tracked.runs(stage="train_cam")]
+    assert children == [f"train_cam {name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    "text", ["a_1", "狐", "鴨", "a/b", "a//b", "../x", "..", " a", "a ", "x" * 300]
+)
+def test_keys_are_taken_and_distinct(text):
+    key = store.key_of(text)
+    assert re.fullmatch(r"[A-Za-z0-9_\-./ ]{1,100}", key)
+    assert not {"", ".", ".."} & set(key.split("/")) or text == "a//b"
+
+
+@given(st.text(max_size=120), st.text(max_size=120))
+def test_different_names_have_different_keys(one, other):
+    assert (store.key_of(one) == store.key_of(other)) == (one == other)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from mlflow import MlflowClient
 
 from isim.errors import UserError
 from isim.experiments import preset
-from isim.reporting import tracking
-from isim.runtime import processes
+from isim.reporting import pictures, store, tracking
+from isim.runtime import atomic, processes
 from isim.runtime.identity import md5
 
 PIXELS = np.zeros((4, 4, 3), np.uint8)
@@ -77,7 +78,9 @@ with tracking.stage_run("train_cam", section, root, inputs={}, identity="a") as 
         run.table("per_class", [{"round": 1}, {"round": 2}])
     assert tracked.client.get_run(run.run_id).info.status == "FINISHED"
     assert tracked.history(run.run_id, "loss") == [(n, 1 / n) for n in (1, 2, 3, 4)]
-    images = [f.path for f in tracked.client.list_artifacts(run.run_id, "images")]
+    (shown,) = tracked.runs(stage="pictures")
+    assert not shown.data.params
+    images = [f.path for f in tracked.client.list_artifacts(shown.info.run_id, "images")]
     # Names in any script are pictures of their own.
     assert sum(path.endswith(".png") for path in images) == 4
     assert tracked.table(run, "per_class")["data"] == [[1], [2]]
@@ -94,7 +97,7 @@ def test_no_run_stays_running(tracked, error):
     # The next stage reopens the parent.
     with tracked.open("prepare"):
         assert tracked.runs(stage="pipeline")[0].info.status == "RUNNING"
-    assert tracked.runs(stage="pipeline")[0].info.status == "FINISHED"
+    assert tracked.runs(stage="pipeline")[0].info.status == "KILLED"
 
 
 def test_tables_and_figures_survive_nan(tracked):
@@ -111,16 +114,28 @@ def test_tables_and_figures_survive_nan(tracked):
     assert known == [{"path": "per_class.json", "type": "table"}]
 
 
-def test_the_registry_points_to_weights_of_dvc(tracked):
+def test_registered_weights_can_be_fetched(tracked, tmp_path, monkeypatch):
+    """Each version has its own, whatever DVC puts in the place of the file."""
+    from mlflow.artifacts import download_artifacts
+
     weights = tracked.root / "models/model.safetensors"
-    weights.parent.mkdir()
+    (tracked.root / "data/prepared").mkdir(parents=True)
+    (tracked.root / "data/prepared/dataset.json").write_text('{"classes": ["duck", "狐"]}')
     for content in (b"one", b"two"):
-        weights.write_bytes(content)
+        atomic.write_bytes(weights, content)
         run = tracked.run(act=lambda run: run.register_model("cam", weights))
     version = tracked.client.get_model_version_by_alias("cam", "current")
     assert (int(version.version), version.run_id) == (2, run.run_id)
-    assert version.source == "dvc:/models/model.safetensors"
-    assert version.tags["md5"] == md5(weights)
+    assert (
+        version.tags["md5"] == md5(weights) and version.tags["path"] == "models/model.safetensors"
+    )
+    assert json.loads(version.tags["classes"]) == ["duck", "狐"]
+    assert "duck, 狐" in version.description
+    assert "train_cam" in tracked.client.get_registered_model("cam").description
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(tracked.root))
+    for name, content in (("cam/1", b"one"), ("cam@current", b"two")):
+        found = download_artifacts(f"models:/{name}", dst_path=tmp_path / content.decode())
+        assert [path.read_bytes() for path in Path(found).rglob("*.safetensors")] == [content]
 
 
 def test_a_server_lost_on_the_way_is_one_warning(tracked, serve, free_port, monkeypatch, caplog):
@@ -194,3 +209,73 @@ def test_importing_modules_does_not_import_what_they_may_never_need():
         script = f"import sys, {names}; print(*sys.modules)"
         imported = subprocess.check_output([sys.executable, "-c", script], text=True).split()
         assert not {"matplotlib", "mlflow", "torch", *later.split()} & set(imported)
+
+
+def test_what_the_store_refuses_is_left_out_alone(tracked, caplog, monkeypatch):
+    real = MlflowClient.log_image
+
+    def log_image(client, run_id, image, **about):
+        if "bad" in about.get("key", ""):
+            raise OSError("File name too long")
+        real(client, run_id, image, **about)
+
+    monkeypatch.setattr(MlflowClient, "log_image", log_image)
+    with tracked.open() as run:
+        for name in ("bad 1", "good", "bad 2", "狐" * 200):
+            run.image(name, PIXELS, step=0)
+        run.metrics({"mIoU of 狐": 0.5, "m" * 400: 0.25, "loss": 1.0})
+        run.tag("a" * 400, "b")
+        run.tag("precision", "fp32\0" + "x" * 10_000)
+        run.table("per_class", [{"class": "\udcff", "iou": 0.5}])
+        run.artifact_file(tracked.root / "none")
+        run.headline({"miou": 0.5})
+    kept = tracked.client.get_run(run.run_id)
+    assert kept.info.status == "FINISHED" and kept.data.metrics["loss"] == 1.0
+    assert len(kept.data.metrics) == 4 and kept.data.tags["precision"].startswith("fp32")
+    (shown,) = tracked.runs(stage="pictures")
+    images = tracked.client.list_artifacts(shown.info.run_id, "images")
+    assert sum(file.path.endswith(".png") for file in images) == 2
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(told) == 2 and "picture bad 1" in told[0] and "bad 2" in told[1]
+    assert not any("lost" in text for text in told)
+
+
+@pytest.mark.parametrize("which", ["stage", "parent"])
+def test_a_run_deleted_on_the_way_is_told_with_the_remedy(which, tracked, caplog):
+    with tracked.open() as run:
+        (parent,) = tracked.runs(stage="pipeline")
+        gone = run.run_id if which == "stage" else parent.info.run_id
+        tracked.client.delete_run(gone)
+        for step in range(3):
+            run.metrics({"loss": 1.0}, step=step)
+            run.flush()
+        run.headline({"miou": 0.5})
+    told = [
+        r.getMessage()
+        for r in caplog.records
+        if f"mlflow runs restore --run-id {gone}" in r.getMessage()
+    ]
+    assert len(told) == 1 and "\n" not in told[0]
+    kept = run.run_id if which == "parent" else parent.info.run_id
+    assert tracked.client.get_run(kept).data.metrics
+    # The next stage finds none of it in its way.
+    tracked.run("prepare")
+
+
+def test_pictures_of_the_reports_are_shown_first(tracked):
+    folder = tracked.root / "reports/train_cam/pictures"
+    for name in ("a/狐.png", "b.png"):
+        pictures.write_png(folder / name, np.zeros((40, 60, 3), np.uint8))
+    run = tracked.run(act=lambda run: run.headline({"cam_miou": 0.5}))
+    client = tracked.client
+    found = {file.path for file in client.list_artifacts(run.run_id)}
+    assert {"contact_sheet.png", "pictures"} <= found
+    listed = client.list_artifacts(run.run_id, "pictures")
+    assert {file.path for file in listed} == {"pictures/a", "pictures/b.png"}
+    (parent,) = tracked.runs(stage="pipeline")
+    for text in (
+        client.get_run(one).data.tags["mlflow.note.content"]
+        for one in (run.run_id, parent.info.run_id)
+    ):
+        assert f"get-artifact?path=contact_sheet.png&run_uuid={run.run_id}" in text
+        assert "deeplabcam" in text and "0.5" in text
