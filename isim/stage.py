@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 # Folder of the reports in the resume folder.
 _REPORTS = "reports"
 _PICTURES = "pictures"
+# Parameters that say how a run is watched, and change nothing that it makes.
+_WATCHED = {"pictures", "score_every"}
 
 
 class Published(Exception):
@@ -160,7 +162,7 @@ class Stage(Here):
             return
         about = {"isim": version("isim"), "made_by": self.name, **more}
         about |= {"figures": record.without_times(figures), "inputs": dict(self.hashes)}
-        about["parameters"] = params.model_dump(mode="json")
+        about["parameters"] = params.model_dump(mode="json", exclude=_WATCHED)
         atomic.write_json(self.resume / made / "classes.json", files.class_list(names))
         atomic.write_json(self.resume / made / "card.json", about)
 

@@ -332,7 +332,9 @@ def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
         own = {**params.features.model_dump(), **params.dense_walk.model_dump()}
         own |= {"affinity": params.frozen.affinity, "pooling": params.frozen.pooling}
         own["head_width"] = params.frozen.head.width
-    return encoders.configure(CamConfig, params, classes=classes, **own)
+    config = encoders.configure(CamConfig, params, classes=classes, **own)
+    # One that is chosen comes with the first round.
+    return replace(config, threshold=CamConfig.threshold) if params.threshold == "auto" else config
 
 
 def load(path: Path) -> tuple[CamNetwork | FrozenNetwork, CamConfig]:
