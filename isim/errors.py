@@ -171,12 +171,15 @@ def _checked(path: Path, status: os.stat_result, most: int) -> os.stat_result:
 
 def contents(path: Path, most: int = SMALL) -> bytes:
     """Read a file; errors as of `opened`."""
+    data = bytearray()
     with opened(path, most) as stream:
-        # Some files of the system are longer than they tell.
-        data = stream.read(most + 1)
-    if len(data) > most:
-        raise UserError(f"{path} is longer than such a file can be; replace it")
-    return data
+        # In parts: Python reserves what it is asked for, and some files of the system are longer than
+        # they tell.
+        while part := stream.read(1 << 20):
+            data += part
+            if len(data) > most:
+                raise UserError(f"{path} is longer than such a file can be; replace it")
+    return bytes(data)
 
 
 def text(path: Path, most: int = SMALL) -> str:

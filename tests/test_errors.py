@@ -51,6 +51,16 @@ def test_any_text_becomes_one_line_that_ends_with_the_remedy(text, more):
     assert str(UserError(told)) == told
 
 
+def test_a_limit_reserves_no_memory(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc" * 1_000_000)
+    assert errors.contents(tmp_path / "x", 1 << 60) == b"abc" * 1_000_000
+    with pytest.raises(UserError, match="more than the 3.0 MB"):
+        errors.contents(tmp_path / "x", 2_999_999)
+    # Nothing tells how long it is.
+    with pytest.raises(UserError, match="longer than such a file"):
+        errors.contents(Path("/proc/self/maps"), 100)
+
+
 def test_the_middle_of_long_values_is_cut_and_details_are_lines_of_their_own():
     told = str(UserError(f"cannot read /data/{'a' * 3_000_000}/x.png (odd); replace it"))
     assert told.startswith("cannot read /data/aaa") and told.endswith("a/x.png (odd); replace it")
