@@ -53,10 +53,6 @@ bench: $(INSTALLED)
 torture: $(INSTALLED)
 	python benchmarks/torture.py
 
-# Outside the suite: twenty kills at random moments take about ten minutes.
-torture: $(INSTALLED)
-	python benchmarks/torture.py
-
 # Needs no network, and the site none either: site/index.html.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --clean --quiet

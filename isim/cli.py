@@ -522,6 +522,9 @@ def _tell_unknown(error: Exception) -> NoReturn:
     try:
         path = _errors_file()
         path.write_text(without_secrets(lines), encoding="utf-8", errors="backslashreplace")
+        if path.is_relative_to(Path.cwd()):
+            # Whole, however long the project's own path is.
+            path = path.relative_to(Path.cwd())
         where = f"a fault of isim's: please report it with {path}"
     except OSError as unwritable:
         where = f"a fault of isim's, whose traceback cannot be kept ({errors.reason(unwritable)})"

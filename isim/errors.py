@@ -173,8 +173,8 @@ def contents(path: Path, most: int = SMALL) -> bytes:
     """Read a file; errors as of `opened`."""
     data = bytearray()
     with opened(path, most) as stream:
-        # In parts: Python reserves what it is asked for, and some files of the system are longer than
-        # they tell.
+        # In parts: Python reserves what it is asked for, and some files of the system are longer
+        # than they tell.
         while part := stream.read(1 << 20):
             data += part
             if len(data) > most:

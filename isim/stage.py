@@ -287,7 +287,7 @@ def _publish_again(runs: Path, key: str, root: Path) -> None:
     """
     again = False
     if processes.is_main():
-        finished.drop_others(runs, key)
+        finished.drop_others(runs, root, key)
         state = finished.Finished.read(runs / key)
         if state is not None and not state.settled:
             finished.unmark(runs / key)
@@ -402,8 +402,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
                 stage.run(getattr(params, word), *arguments, root)
             except Published:
                 progress.tell(
-                    f"{' '.join((word, *arguments))}: an earlier run has computed all, and DVC has "
-                    "not recorded it: published again"
+                    f"{' '.join((word, *arguments))}: an earlier run has computed all, and dvc.lock"
+                    " has not come to hold it since: published again"
                 )
 
 

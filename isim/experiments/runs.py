@@ -174,8 +174,8 @@ def cached(root: Path) -> Callable[[str], str | None]:
         if not md5 or folder() is None:
             return None
         try:
-            return Path(folder().oid_to_path(md5)).read_text(encoding="utf-8")
-        except (OSError, ValueError):
+            return errors.text(Path(folder().oid_to_path(md5)))
+        except (OSError, ValueError, UserError):
             return None
 
     return read

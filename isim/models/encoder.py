@@ -111,13 +111,12 @@ def must_serve(config: _Configured) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # timm and smp raise whatever their code meets
-        coarser = "; some serve at output_stride: 32 alone, which no DeepLab has"
+        coarser = " (some serve at output_stride: 32 alone)"
         raise UserError(
             f"{config.stage}.encoder: timm encoder '{config.encoder}' at output_stride "
-            f"{config.output_stride} cannot be built or does not take images of any size "
-            f"({common.reason(error)}); choose one that has strided features, such as "
-            f"resnet50.tv_in1k or mobilenetv2_100"
-            f"{coarser if config.output_stride < 32 else ''}"
+            f"{config.output_stride} cannot serve ({errors.cut(common.reason(error), 80)}); choose "
+            f"one with strided features{coarser if config.output_stride < 32 else ''}, such as "
+            "resnet50.tv_in1k or mobilenetv2_100"
         ) from error
 
 

@@ -123,7 +123,7 @@ def _require_apart(images: Mapping[str, Path], out: Path, folders: Sequence[Path
     if (
         any(folder.is_relative_to(place) for folder in given)
         or beside & {(out / id_).parent.resolve() for id_ in images}
-        or (not own and listing.images(out).images)
+        or (not own and out.is_dir() and listing.images(out).images)
     ):
         raise UserError(
             f"--out {out}: masks would lie beside images, and be taken for some later; name a "

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from isim.errors import without_secrets
+from isim import errors
+from isim.errors import UserError, without_secrets
 from isim.params import flatten
 
 # Parameters that tell two runs of one name apart, at most.
@@ -83,19 +84,24 @@ def data_set(root: Path, params: Mapping[str, Any]) -> str:
     source = str(prepare.get("source", "data"))
     folder = "" if source == "shapes" else Path(str(prepare.get("root", ""))).name
     counts = ""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        text = (root / "data/prepared/dataset.json").read_text(encoding="utf-8")
-        splits = json.loads(text)["splits"]
+    with contextlib.suppress(AttributeError):
+        splits = _prepared(root).get("splits", {})
         counts = ", ".join(f"{count} {split}" for split, count in splits.items())
     return clean(" ".join(filter(None, (source, folder))) + (f": {counts}" if counts else ""))[:400]
 
 
 def classes(root: Path) -> list[str]:
     """List the names of the classes of the prepared data; none where there is no data."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        text = (root / "data/prepared/dataset.json").read_text(encoding="utf-8")
-        return [str(one) for one in json.loads(text)["classes"]]
-    return []
+    found = _prepared(root).get("classes", [])
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
+def _prepared(root: Path) -> dict[str, Any]:
+    """Read what the prepared data say of themselves; nothing where they cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, UserError):
+        found = errors.json_of(root / "data/prepared/dataset.json")
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def description(

@@ -17,6 +17,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim import errors
+from isim.errors import UserError
 from isim.params import flatten
 from isim.runtime.identity import PACKAGE, md5
 
@@ -105,8 +107,8 @@ class Execution:
     def _figures(self, step: Step) -> dict[str, float]:
         path = self.root.joinpath("reports", *filter(None, step.key), "metrics.json")
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            tree = errors.json_of(path)
+        except (OSError, ValueError, RecursionError, UserError):
             return {}
         return headline(tree) if isinstance(tree, dict) else {}
 
@@ -267,7 +269,7 @@ def _md5(path: Path) -> str | None:
 def _yaml(path: Path) -> dict[str, Any]:
     """Read YAML that others have written; what cannot be read says nothing."""
     try:
-        tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError):
+        tree = YAML(typ="safe").load(errors.text(path))
+    except (OSError, ValueError, YAMLError, RecursionError, UserError):
         return {}
     return tree if isinstance(tree, dict) else {}

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Self
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from isim import errors
+from isim.errors import UserError
 from isim.runtime import atomic, checkpoint, identity, progress
 
 _MARK = "finished.json"
@@ -51,8 +53,8 @@ class Finished:
     def read(cls, folder: Path) -> Self | None:
         """Read the mark of a resume folder; None where there is none that can be read."""
         try:
-            return cls(**json.loads((folder / _MARK).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError):
+            return cls(**errors.json_of(folder / _MARK))
+        except (OSError, TypeError, ValueError, RecursionError, UserError):
             return None
 
     def write(self, folder: Path) -> None:
@@ -148,19 +150,27 @@ def look_after(base: Path, root: Path, lock: Callable[[Path], bool]) -> None:
     when an out cannot be put in its place.
     """
     for folder, state in states(base):
-        if Path(state.root) != root.resolve() or not lock(folder.parent):
+        # Experiments run in copies of the project, which are deleted when they have ended.
+        gone = not Path(state.root).exists()
+        if not (gone or Path(state.root) == root.resolve()) or not lock(folder.parent):
+            continue
+        if gone:
+            state.remove(folder) if state.settled else unmark(folder)
             continue
         if not state.settled:
             progress.tell(f"{folder.parent.name}: publishes the rest of what a killed run computed")
             state.publish(folder)
+            # Once: what another run publishes later must stay.
+            unmark(folder)
         elif state.is_recorded():
             state.remove(folder)
 
 
-def drop_others(base: Path, key: str) -> None:
-    """Remove the states of other runs than `key` from a stage's folder of runs."""
+def drop_others(base: Path, root: Path, key: str) -> None:
+    """Remove the states of other runs than `key` of this project from a stage's folder of runs."""
     for folder, state in states(base):
-        if folder.parent == base and folder.name != key and state.settled:
+        own = folder.parent == base and Path(state.root) == root.resolve()
+        if own and folder.name != key and state.settled:
             state.remove(folder)
 
 
@@ -273,7 +283,8 @@ def _delete(path: Path) -> None:
 def _entry(root: Path, stage: str) -> dict[str, Any]:
     """Read a stage's entry of dvc.lock; empty where there is none."""
     try:
-        text = (root / "dvc.lock").read_text(encoding="utf-8")
+        text = errors.text(root / "dvc.lock")
         return dict(YAML(typ="safe").load(text)["stages"][stage])
-    except (OSError, YAMLError, KeyError, TypeError, ValueError):
+    # Whatever others have written there.
+    except (OSError, YAMLError, KeyError, TypeError, ValueError, RecursionError, UserError):
         return {}

@@ -93,10 +93,11 @@ def crf_used(device: str) -> str:
 
 
 def _cache() -> Path:
+    # A folder of their own: that of all caches may be one that others can write to.
     if chosen := os.environ.get("ISIM_CACHE"):
-        return Path(chosen)
+        return Path(chosen) / "kernels"
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isim"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isim/kernels"
     except RuntimeError as error:
         raise Unavailable(f"no folder for compiled kernels ({error}); set ISIM_CACHE") from error
 

@@ -105,7 +105,7 @@ class CropBatches:
                 yield there | {"image": image, "label": there["label"].long()}
         except UserError as error:
             # A loader process sends its whole traceback as the message: keep the last line.
-            last = str(error).strip().splitlines()[-1]
+            last = str(error.args[0]).strip().splitlines()[-1]
             raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):

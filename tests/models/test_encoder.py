@@ -88,7 +88,9 @@ def refused(name, tmp_path):
             load(network, name, str(path))
         assert same(network, before)
         text, stage = str(caught.value), config_of(name).stage
-        assert "\n" not in text and text.startswith(f"{stage}.weights: ") and str(path) in text
+        assert "\n" not in text and text.startswith(f"{stage}.weights: ")
+        # The middle of a long path may be left out.
+        assert path.name in text and str(path)[:30] in text
         others = text.replace(str(path), "").replace(stage, "")
         assert not any(word in others for word in CONFIGURE), "names a section of another stage"
         return text

@@ -55,8 +55,14 @@ UNSUITABLE = [
     # Its attention takes 8x8 blocks.
     *((device, "deeplabv2", "bat_resnext26ts", 16, "") for device in ("cpu", "meta")),
     ("meta", "deeplabv3", "bat_resnext26ts", 16, ""),
-    *(("meta", name, "tresnet_m", 32, "$") for name in ("cam", UNETS[0], "affinity")),
-    *(("meta", name, "hrnet_w18_small", 32, "$") for name in ("cam", UNETS[0], "affinity")),
+    *(
+        ("meta", name, "tresnet_m", 32, "(?!.*some serve)")
+        for name in ("cam", UNETS[0], "affinity")
+    ),
+    *(
+        ("meta", name, "hrnet_w18_small", 32, "(?!.*some serve)")
+        for name in ("cam", UNETS[0], "affinity")
+    ),
 ]
 
 
@@ -198,7 +204,7 @@ def test_an_encoder_that_cannot_serve_is_refused_when_built(device, name, encode
     """Not only when whole images are seen, after all the training."""
     config = config_of(name, encoder=encoder, output_stride=stride)
     words = rf"^{config.stage}\.encoder: .*'{encoder}' at output_stride {stride} .*\(.+\); choose "
-    with torch.device(device), pytest.raises(UserError, match=f"{words}.*_100{end}") as caught:
+    with torch.device(device), pytest.raises(UserError, match=f"{words}{end}.*_100") as caught:
         module_of(config).build(config)
     assert "\n" not in str(caught.value)
 
@@ -221,5 +227,5 @@ def test_maps_of_another_stride_are_refused_when_built(name, monkeypatch):
         return get_encoder(name, **options | {"output_stride": 32})
 
     monkeypatch.setattr(smp.encoders, "get_encoder", coarser)
-    with pytest.raises(UserError, match=r"\.encoder: .*\((maps|scores) of .*\(2, 3\).*; choose"):
+    with pytest.raises(UserError, match=r"\.encoder: .*\((maps|scores) of .*\(45, 77\)\); choose"):
         network_of(name)

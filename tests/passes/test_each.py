@@ -60,7 +60,7 @@ def test_ids_may_have_folders(here):
 
     def finish(item):
         (folder / f"{item.id}.png").parent.mkdir(exist_ok=True)
-        (folder / f"{item.id}.png").touch()
+        (folder / f"{item.id}.png").write_bytes(b"map")
         return {}
 
     def computed():
@@ -76,7 +76,7 @@ def test_what_is_gone_or_half_there_is_made_again(here):
 
     def finish(item):
         for folder, suffix in outs.items():
-            (folder / f"{item.id}{suffix}").touch()
+            (folder / f"{item.id}{suffix}").write_bytes(b"map")
         return {}
 
     def computed(items=ITEMS[:5]):

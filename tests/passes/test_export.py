@@ -59,7 +59,7 @@ def test_images_that_are_written_anew_are_told(form, tmp_path):
         ("voc", "voc", {"polygons": True}, "--polygons means nothing for voc"),
         ("onnx", "a.onnx", {"source": "last_round"}, "--from means nothing for onnx"),
         ("overlay", "o", {"source": "data/masks"}, "neither a folder"),
-        ("onnx", "a.onnx", {"model": "no"}, "not a checkpoint of train_segmenter"),
+        ("onnx", "a.onnx", {"model": "no"}, "no is missing; run `isim train-segmenter`"),
     ],
 )
 def test_what_cannot_be_is_one_line(form, name, options, words, finished_project, tmp_path):

@@ -116,16 +116,46 @@ def test_outs_are_recorded_when_dvc_lock_has_come_to_hold_them(
 
 
 def test_what_is_held_goes_with_the_state(state, tmp_path):
-    made, folder, _ = state
+    made, folder, root = state
     pinned = tmp_path / "began"
     pinned.touch()
     made.held = [str(pinned), str(tmp_path / "gone")]
     made.write(folder)
-    finished.drop_others(folder.parent, "other")
+    finished.drop_others(folder.parent, root, "other")
     assert pinned.exists() and folder.exists(), "not settled: a run goes on there"
     made.settled = True
     made.write(folder)
-    finished.drop_others(folder.parent, "key")
+    finished.drop_others(folder.parent, root, "key")
+    finished.drop_others(folder.parent, tmp_path / "a copy of the project", "other")
     assert pinned.exists() and folder.exists()
-    finished.drop_others(folder.parent, "other")
+    finished.drop_others(folder.parent, root, "other")
     assert not pinned.exists() and not folder.exists()
+
+
+def test_what_a_killed_run_made_is_published_once(state):
+    """What a later run of other parameters has put there stays."""
+    made, folder, root = state
+    base = folder.parents[1]
+    made.write(folder)
+    finished.look_after(base, root, lambda _: True)
+    out = root / "data/masks/deep/a.png"
+    assert out.read_bytes() == b"map" and (folder / "maps/deep/a.png").exists()
+    out.unlink()
+    out.write_bytes(b"newer")
+    finished.look_after(base, root, lambda _: True)
+    assert out.read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_states_of_copies_of_the_project_go_with_them(state, tmp_path, settled):
+    made, folder, root = state
+    copy = tmp_path / "copy"
+    made.root, made.settled = str(copy), settled
+    made.write(folder)
+    copy.mkdir()
+    finished.look_after(folder.parents[1], root, lambda _: True)
+    assert list(finished.states(folder.parents[1])), "it may still run"
+    copy.rmdir()
+    finished.look_after(folder.parents[1], root, lambda _: True)
+    assert not list(finished.states(folder.parents[1])) and folder.exists() != settled
+    assert not (root / "data").exists()

@@ -34,12 +34,12 @@ def answer(tmp_path, monkeypatch):
 def test_a_kernel_is_compiled_once_and_anew_when_its_source_changes(answer, tmp_path):
     answer(1)
     assert kernels.library("trial").answer() == 1 and kernels.available("trial", "is slow")
-    (built,) = tmp_path.glob("*.so")
+    (built,) = tmp_path.rglob("*.so")
     before = built.stat().st_mtime_ns
     answer(1)
     assert kernels.library("trial").answer() == 1 and built.stat().st_mtime_ns == before
     answer(2)
-    assert kernels.library("trial").answer() == 2 and len(list(tmp_path.glob("*.so"))) == 2
+    assert kernels.library("trial").answer() == 2 and len(list(tmp_path.rglob("*.so"))) == 2
 
 
 def test_processes_that_need_it_at_once_compile_it_once(answer, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def plant_link(built):
 def test_a_damaged_or_planted_kernel_is_compiled_anew_and_never_loaded(damage, answer, tmp_path):
     answer(7)
     assert load(tmp_path) == 7
-    (built,) = tmp_path.glob("*.so")
+    (built,) = tmp_path.rglob("*.so")
     before = built.stat().st_mtime_ns
     damage(built)
     assert load(tmp_path) == 7
@@ -127,12 +127,12 @@ def test_a_damaged_or_planted_kernel_is_compiled_anew_and_never_loaded(damage, a
 def test_kernels_of_another_user_are_not_loaded(answer, tmp_path):
     answer(7)
     assert load(tmp_path) == 7
-    (built,) = tmp_path.glob("*.so")
+    (built,) = tmp_path.rglob("*.so")
     plant(built)
     built.with_suffix(".sha256").write_text(identity.sha256(built.read_bytes()))
     os.chown(built, 12345, -1)
     assert load(tmp_path) == 7
-    os.chown(tmp_path, 12345, -1)
+    os.chown(built.parent, 12345, -1)
     with pytest.raises(kernels.Unavailable, match="belongs to another user"):
         kernels.library("trial")
 
@@ -145,12 +145,14 @@ def test_kernels_are_this_users_alone_whatever_the_umask(umask, answer, tmp_path
     before = os.umask(umask)
     try:
         assert load(tmp_path) == 7
-        cache.chmod(0o777)
+        (cache / "kernels").chmod(0o777)
+        cache.chmod(0o1777)
         assert load(tmp_path) == 7
     finally:
         os.umask(before)
-    modes = [path.stat().st_mode for path in (cache, *cache.glob("*.s*"))]
+    modes = [path.stat().st_mode for path in (cache / "kernels", *cache.rglob("*.s*"))]
     assert len(modes) == 3 and not any(mode & 0o022 for mode in modes)
+    assert cache.stat().st_mode & 0o7777 == 0o1777, "that of all caches is the user's"
 
 
 def no_compiler(monkeypatch):
@@ -183,7 +185,7 @@ def test_without_a_kernel_the_reason_is_given_once(
         kernels.library("trial")
     with pytest.warns(UserWarning, match=f"numpy is slow: .*{reason}") as caught:
         assert not any(kernels.available("trial", "numpy is slow") for _ in range(3))
-    assert len(caught) == 1 and not list(tmp_path.glob("*.so"))
+    assert len(caught) == 1 and not list(tmp_path.rglob("*.so"))
 
 
 def test_the_dense_crf_is_computed_by_what_is_asked_for(monkeypatch):

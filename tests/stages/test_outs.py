@@ -101,7 +101,9 @@ def test_a_folder_of_label_maps_tells_what_it_is(folder, model, finished_project
     (network,) = card["network"].values()
     assert network == identity.md5(finished_project / "models" / model)
     stage = card["made_by"]
-    assert card["parameters"] == json.loads(getattr(tiny, stage).model_dump_json())
+    watched = {"pictures", "score_every"}
+    parameters = getattr(tiny, stage).model_dump(mode="json", exclude=watched)
+    assert card["parameters"] == parameters
     assert card["inputs"]["data/prepared"] == identity.md5(finished_project / "data/prepared")
     assert card["isim"] and "seconds" not in text and str(finished_project) not in text
     if stage == "train_cam":
