@@ -60,6 +60,10 @@ def load(
     with errors.reading(path, f"run `{command}` again", "is damaged, or of another isim"):
         tensors = checkpoint.load_tensors(path)
         network = build(config)
+        for name, own in network.state_dict().items():
+            # torch would round the one to the other.
+            if name in tensors and tensors[name].is_floating_point() != own.is_floating_point():
+                raise TypeError(f"{name} is {tensors[name].dtype}, not {own.dtype}")
         network.load_state_dict(tensors)
     return network.eval(), config
 

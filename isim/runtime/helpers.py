@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
@@ -60,10 +60,10 @@ def in_threads(
         yield from map(function, stream)
         return
     pool = ThreadPoolExecutor(threads, initializer=start)
-    source = iter(stream)
+    source, waiting = iter(stream), deque[Future[B]]()
     try:
-        first = islice(source, depth or 2 * threads)
-        waiting = deque(pool.submit(function, value) for value in first)
+        for value in islice(source, depth or 2 * threads):
+            waiting.append(pool.submit(function, value))
         while waiting:
             # Before the next value, which can take long: what is finished is handed over at once.
             yield waiting[0].result()

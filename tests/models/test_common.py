@@ -1,5 +1,8 @@
 """Checkpoints that are none, and what all networks are tried out with."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +30,15 @@ def test_what_is_no_checkpoint_is_refused(name, tmp_path):
     for other in KINDS.keys() - {name}:
         common.save(path, torch.nn.Linear(1, 1), config_of(other))
         check()
+
+
+def test_weights_of_another_kind_are_refused(tmp_path):
+    path, config = tmp_path / "model.safetensors", config_of("cam")
+    network = module_of(config).build(config)
+    tensors = {k: v.long() if v.ndim > 1 else v for k, v in network.state_dict().items()}
+    save_file(tensors, path, {config.key: json.dumps(asdict(config))})
+    with pytest.raises(UserError, match=r"is damaged, or .*int64, not torch\.float32"):
+        module_of(config).load(path)
 
 
 def test_normalize():

@@ -65,6 +65,17 @@ def test_an_error_is_raised_and_drops_what_has_not_begun():
     assert len(called) < 10 and threading.active_count() == threads
 
 
+@pytest.mark.parametrize("good", [0, 1, 2, 7])
+def test_an_error_of_the_stream_itself_is_raised(good):
+    def stream():
+        yield from range(good)
+        raise UserError("no more")
+
+    found = helpers.in_threads(str, stream(), threads=1, depth=3)
+    with pytest.raises(UserError, match="no more"):
+        list(found)
+
+
 def test_each_thread_is_started_and_the_bar_is_titled(capsys, monkeypatch):
     started = threading.local()
 
