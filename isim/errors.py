@@ -32,18 +32,66 @@ _KINDS = {
 }
 # What stands in the place of a secret.
 HIDDEN = "***"
-# User and password of a URI: up to the last @, as passwords may hold /, @ and : unquoted.
-_USER = re.compile(r"([A-Za-z][\w+.-]*://)(?:[^\s/:'\"]*:\S*@|[^\s/@'\"]+@)")
-_WORDS = r"pass(?:word|wd|phrase)?|pwd|secret|api[-_]?key|access[-_]?key(?:[-_]?id)?|signature"
-_NAMED = re.compile(
-    rf"(?i)(\b(?:(?:\w*[-_])?(?:{_WORDS}|\w*token|credentials?)['\"]?\s*[=:]\s*|(?:sig|auth)=))"
-    r"(\"[^\"]*\"|'[^']*'|[^\s&#'\",;]+)"
+# Words that nothing else than a secret stands behind, be it after = or after a colon.
+_SURE = (
+    r"pass(?:word|wd|phrase)|secret|(?:api|private|secret|access)[-_ ]?key|access[-_]?key[-_]?id"
 )
-_HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*['\"]?)?(basic|bearer)\s+[\w+/=.~-]{6,}")
+# Those behind which other things stand, too: a number, or such as [PAD] and <s>.
+_OTHER = r"""(?!\\?['"]?(?:[\[<({]|\d{1,5}(?![\w.-]))|/)"""
+_PLAIN = ("true", "false", "none", "null", "yes", "no", "auto")
+# A quoted value ends with its line at the latest: the other quote may have been cut off.
+_VALUE = (
+    r'"[^"\\\n]*(?:\\.[^"\\\n]*)*(?:"|\\?(?=\n|\Z))'
+    r"|'[^'\\\n]*(?:\\.[^'\\\n]*)*(?:'|\\?(?=\n|\Z))"
+    r"|\\[\"'][^\"'\n]*[\"']?"
+    r"|[^\s&#'\",;]+"
+)
+# Like all patterns here, these take a time that grows as the text does: they begin with a word of
+# their own, and what follows it has a bound or cannot hold such a beginning twice.
+_NAMED = re.compile(
+    rf"""(?i)(
+        (?:{_SURE})\\?['"]?[ \t]{{0,8}}[=:](?!=)[ \t]{{0,8}}
+        |(?:token|credentials?|(?<![a-z0-9])pwd)\\?['"]?[ \t]{{0,8}}=(?!=)[ \t]{{0,8}}{_OTHER}
+        |(?:token|credentials?)\\?['"][ \t]{{0,8}}:[ \t]{{0,8}}(?=\\?['"][^\s'"]{{6}}){_OTHER}
+        |(?:(?<=[?&;])sig|signature)=(?=[\w%+/=.~-]{{16}})
+        |(?<=[?&])auth=
+    )(?!(?:{"|".join(_PLAIN)})(?:[\s,;)\]}}&]|\Z))({_VALUE})""",
+    re.VERBOSE,
+)
+_HEADER = re.compile(
+    r"""(?i)(authorization\\?['"]?\s{0,8}[=:,]\s{0,8}b?\\?['"]?"""
+    r"(?:basic|bearer|digest|negotiate|token)\s{1,8})[\w+/=.~-]{6,}"
+)
+# Without that word: only what looks like no word, with letters of both cases and digits.
+_TOKEN = re.compile(
+    r"\b([Bb]asic|[Bb]earer|BASIC|BEARER)(\s{1,8})"
+    r"(?=[^\d\s]{0,200}\d)(?=[^a-z\s]{0,200}[a-z])(?=[^A-Z\s]{0,200}[A-Z])[\w+/=.~-]{24,}"
+)
+# User of an address, either with the colon before its password or alone.
+_USER = re.compile(r"(?<=[\w+.-]://)(?:([^/:'\"]*:)|[^/'\"]+@)")
+# A password with blanks; what follows a port is none.
+_BLANKS = re.compile(
+    r"(?<=[\w+.-]://)[^\s/:@'\"]{0,100}:(?!\d{1,5}(?!\w))[^\s/@'\"]{1,100}"
+    r"(?:[ ][^\s/:@'\"]{1,100}){1,3}@(?=[\w\[])"
+)
 # Environment variables that hold nothing else.
-_VARIABLE = re.compile(rf"(?i)(?:^|_)(?:{_WORDS}|pgpassword|token|credentials?)$|^pgpassword$")
-# Values that say yes or no; as secrets they would be no secrets.
-_PLAIN = {"true", "false", "none", "null", "yes", "no", "auto"}
+_VARIABLE = re.compile(rf"(?i)(?:{_SURE}|token|credentials?|(?:^|_)(?:pwd|pass))$")
+# Characters of a secret of the environment, of its pieces, and of a user who may be a token, below
+# which they are not looked for: they would be found in honest words.
+_LEAST, _LEAST_PIECE, _LEAST_USER = 4, 6, 8
+# Words that are no secret even where they stand for one: of this program, and of its messages.
+_WORDS = """
+    prepare train_cam export_cams train_affinity random_walk train_segmenter masks evaluate report
+    dense_walk label_sets params labels label images image predict preset project experiment
+    experiments ground_truth last_round random_walk_crf seeds shapes folder train test isim mlflow
+    default master origin github gitlab postgres postgresql mysql sqlite localhost server admin root
+    password passwd secret token access account anonymous nobody guest user users username http
+    https error errors warning cannot missing python string object module number threshold segmenter
+    affinity epochs rounds metrics checkpoint resnet50 scratch imagenet config data home file files
+    init plan upgrade results masks_wanted wanted tables compare export server_archive archive
+    random walk cams
+"""
+_HONEST = frozenset(_WORDS.split()) | set(_PLAIN)
 
 
 class UserError(Exception):
@@ -111,7 +159,10 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"no {cut(printable(str(error)), _QUOTED)}"
     lines = str(error).strip().splitlines()
-    return cut(printable(lines[0]), _QUOTED) if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Before the middle is cut out: half a secret is not known for one.
+    return cut(printable(without_secrets(cut(lines[0], 16 * _QUOTED))), _QUOTED)
 
 
 @contextlib.contextmanager
@@ -194,7 +245,7 @@ def json_of(path: Path, most: int = SMALL) -> Any:  # noqa: ANN401 - any JSON va
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with `***` for passwords, tokens and keys.
+    """Return a text with `***` for passwords, tokens and keys, in a time linear in its length.
 
     Those are the user and password of a URI, values behind words such as `password=` and `token=`,
     and whatever a variable of the environment holds as one, also quoted, or in pieces: a library
@@ -203,9 +254,30 @@ def without_secrets(text: str) -> str:
     for secret in sorted(_known(), key=len, reverse=True):
         if secret in text:
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", HIDDEN, text)
-    text = _HEADER.sub(lambda found: f"{found[1] or ''}{found[2]} {HIDDEN}", text)
+    text = _TOKEN.sub(rf"\1\2{HIDDEN}", _HEADER.sub(rf"\1{HIDDEN}", text))
     # Before users: a password in the options of a URI may hold an @.
-    return _USER.sub(rf"\1{HIDDEN}@", _NAMED.sub(rf"\1{HIDDEN}", text))
+    text = _NAMED.sub(rf"\1{HIDDEN}", text)
+    if "://" not in text or "@" not in text:
+        return text
+    return re.sub(r"\S+", _without_users, _BLANKS.sub(f"{HIDDEN}@", text))
+
+
+def _without_users(found: re.Match[str]) -> str:
+    """Hide users and passwords in a word: up to its last @, as passwords hold /, @ and : unquoted.
+
+    That @ is looked for once, and not once an address.
+    """
+    word = found[0]
+    last = word.rfind("@")
+    if last < 0 or "://" not in word:
+        return word
+    parts, done = [], 0
+    for user in _USER.finditer(word, 0, last + 1):
+        parts += [word[done : user.start()], f"{HIDDEN}@"]
+        done = last + 1 if user[1] else user.end()
+        if user[1]:
+            break
+    return "".join([*parts, word[done:]])
 
 
 def hide_secrets(stream: TextIO) -> None:
@@ -225,10 +297,11 @@ def _known() -> set[str]:
     """List what the environment holds: passwords, their quoted forms and their pieces."""
     found = set()
     for secret in _of_environment():
-        forms = {secret, quote(secret, safe=""), quote(secret), unquote(secret)}
-        for form in forms:
-            found |= {form, *re.split(r"[/@:?#&=%\s]+", form)}
-    return {one for one in found if len(one) > 1 and one.lower() not in _PLAIN}
+        for form in {secret, quote(secret, safe=""), quote(secret), unquote(secret)}:
+            pieces = re.split(r"[/@:?#&=%\s]+", form)
+            found |= {piece for piece in pieces if len(piece) >= _LEAST_PIECE}
+            found |= {form} if len(form) >= _LEAST else set()
+    return {one for one in found if one.lower().replace("-", "_") not in _HONEST}
 
 
 def _of_environment() -> Iterator[str]:
@@ -236,9 +309,22 @@ def _of_environment() -> Iterator[str]:
         # The shell's own PWD is a folder, and so may be where a secret lies.
         if _VARIABLE.search(name) and not os.path.isabs(value):
             yield value
-        elif uri := re.match(r"[A-Za-z][\w+.-]*://(.*)@", value, re.DOTALL):
-            user, _, password = uri[1].partition(":")
-            yield password or user
+            continue
+        scheme, _, rest = value.partition("://")
+        if "@" in rest and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
+            user, colon, password = rest[: rest.rindex("@")].partition(":")
+            name = rest[: rest.index("@")]
+            if colon and "/" not in user:
+                yield password
+            elif _is_token(scheme, name):
+                yield name
         # Those among the options of an address.
         if "://" in value:
             yield from (found[2].strip("'\"") for found in _NAMED.finditer(value))
+
+
+def _is_token(scheme: str, user: str) -> bool:
+    """Tell a token from a name: addresses of the web alone have tokens for users."""
+    if not scheme.lower().endswith(("http", "https")) or len(user) < _LEAST_USER or "/" in user:
+        return False
+    return len(user) >= 2 * _LEAST_USER or any(char.isdigit() for char in user)

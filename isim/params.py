@@ -6,7 +6,7 @@ There are no defaults: params.yaml has all values, and says beside them what eac
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -71,7 +71,26 @@ Width = Annotated[float, Field(ge=1e-4, le=10_000)]
 Rate = Annotated[float, Field(ge=0, le=10_000)]
 Level = Annotated[float, Field(ge=-1e9, le=1e9)]
 Scale = Annotated[float, Field(ge=0.05, le=4)]
-Scales = Annotated[tuple[Scale, ...], List, Field(min_length=1, max_length=32)]
+
+
+def _squares(of_what: str, most: float) -> AfterValidator:
+    """Make a validator: the squares of a list's numbers, which are areas, sum to `most` at most."""
+
+    def check(values: tuple[float, ...]) -> tuple[float, ...]:
+        if (area := sum(value**2 for value in values)) > most:
+            raise ValueError(
+                f"the squares of the {len(values)} {of_what} sum to {area:,.6g}, more than "
+                f"{most:,}, which would fill the memory; use fewer or smaller ones"
+            )
+        return values
+
+    return AfterValidator(check)
+
+
+# Each may be as large as its bound says, but not all of them: images are held at all of them.
+Scales = Annotated[
+    tuple[Scale, ...], List, Field(min_length=1, max_length=32), _squares("scales", 64)
+]
 Splits = Annotated[tuple[Text, ...], List, Field(min_length=1, max_length=32)]
 Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -114,12 +133,35 @@ def _ordered(low: str, high: str, unequal: str = "") -> Any:  # noqa: ANN401 - p
     return model_validator(mode="after")(check)
 
 
+def _together(names: tuple[str, ...], unit: str, most: int, amount: Callable[[Any], int]) -> Any:  # noqa: ANN401 - pydantic's
+    """Make a validator: the `amount` that parameters have together is at most `most`.
+
+    Each of them is within its own bounds, which are for itself; `names` are the first parameters of
+    the product, those that a user would make smaller.
+    """
+
+    def check(section: Section) -> Section:
+        if (found := amount(section)) > most:
+            told = " and ".join(f"{name} ({getattr(section, name)})" for name in names)
+            raise ValueError(
+                f"{told} together mean {found:,} {unit}, more than {most:,}; make one of them "
+                "smaller"
+            )
+        return section
+
+    return model_validator(mode="after")(check)
+
+
 class Shapes(Section):
     """Generated data set (spec 2): counts of images and their side in pixels."""
 
     train: Count
     val: Count
     size: Annotated[int, Field(ge=64, le=512)]
+
+    _fit_the_disk = _together(
+        ("train", "val", "size"), "pixels", 1 << 34, lambda own: (own.train + own.val) * own.size**2
+    )
 
 
 class Prepare(Section):
@@ -170,6 +212,7 @@ class Features(Section):
         tuple[Annotated[int, Field(ge=32, le=4096)], ...],
         List,
         Field(min_length=1, max_length=16),
+        _squares("sides", 1 << 25),
     ]
     stages: Annotated[int, Field(ge=1, le=3)]
 
@@ -204,6 +247,10 @@ class Head(Section):
     steps: Count
     rate: Rate
     weight_decay: Rate
+
+    _fits_the_memory = _together(
+        ("batch", "width"), "activations", 1 << 30, lambda own: own.batch * own.width
+    )
 
 
 class FrozenLoop(Section):
@@ -277,6 +324,10 @@ class Training(Section):
     precision: Precision
     compile: bool
     pictures: Pictures
+
+    _fits_the_memory = _together(
+        ("batch", "crop"), "pixels a step", 1 << 31, lambda own: own.batch * own.crop**2
+    )
 
 
 METHODS = ("frozen", "cam", "deeplabcam", "unetcam_learnable", "unetcam_bilinear")
@@ -503,6 +554,13 @@ class Report(Section):
     sheet: Pictures
     thresholds: Annotated[tuple[Fraction, ...], List, Field(min_length=1, max_length=9)]
     covering: Fraction
+
+    _fits_a_page = _together(
+        ("sheet", "thumbnail"),
+        "pixels on a sheet",
+        1 << 30,
+        lambda own: own.sheet * own.thumbnail**2 * (1 + len(own.thresholds)),
+    )
 
 
 # Label sets and the folders of their maps, but for single rounds.

@@ -315,6 +315,46 @@ def test_whatever_a_value_is_it_is_taken_as_it_is_or_one_line(place, value):
         assert not isinstance(value, float) or math.isfinite(value)
 
 
+TOGETHER = [
+    *(
+        (section, {"batch": 128, "crop": 4096}, {"batch": 129}, "batch (129) and crop (4096)")
+        for section in ("train_cam", "train_affinity", "train_segmenter")
+    ),
+    ("train_cam", {"batch": 16384, "crop": 352}, {"crop": 4096}, "batch (16384) and crop (4096)"),
+    ("train_cam", {"scales": [4.0] * 4}, {"scales": [4.0] * 32}, "train_cam.scales: the squares"),
+    ("train_cam", {"scales": [1.0] * 32}, {"scales": [4.0] * 5}, "train_cam.scales: the squares"),
+    ("export_cams", {"scales": [2.0] * 16}, {"scales": [2.0] * 17}, "export_cams.scales: the"),
+    ("train_segmenter", {"test_scales": [4.0]}, {"test_scales": [4.0] * 5}, ".test_scales: the"),
+    ("train_cam.features", {"sides": [4096]}, {"sides": list(range(4081, 4097))}, "s.sides: the"),
+    ("train_segmenter.features", {"sides": [448, 672, 896]}, {"sides": [4096, 4095, 128]}, "sides"),
+    (
+        "prepare.shapes",
+        {"train": 60_000, "val": 5000, "size": 512},
+        {"train": 10**6},
+        "train (1000000) and val (5000) and size (512)",
+    ),
+    ("prepare.shapes", {"train": 10**6, "size": 64}, {"size": 512}, "size (512) together mean"),
+    ("train_cam.frozen.head", {"batch": 1 << 20}, {"width": 8192}, "batch (1048576) and width"),
+    ("train_segmenter.head", {"width": 8192}, {"batch": 1 << 20}, "batch (1048576) and width"),
+    ("report", {"sheet": 1000}, {"thumbnail": 1024}, "sheet (1000) and thumbnail (1024)"),
+]
+
+
+@pytest.mark.parametrize(("section", "taken", "beyond", "words"), TOGETHER)
+def test_numbers_within_their_bounds_are_refused_where_together_they_fill_the_memory(
+    section, taken, beyond, words, tree
+):
+    part = tree
+    for name in section.split("."):
+        part = part[name]
+    part |= taken
+    params.validate(tree, "here")
+    part |= beyond
+    message = refusal(tree)
+    assert message.startswith(section) and words in message and len(message) < 285
+    assert "smaller" in message and " more)" not in message
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [

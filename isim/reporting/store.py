@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 from filelock import FileLock
 from pydantic import BaseModel
 
-from isim.errors import UserError, without_secrets
+from isim.errors import UserError, cut, without_secrets
 from isim.params import read_yaml
 from isim.reporting import about, execution
 from isim.reporting.execution import Execution, Key
@@ -38,6 +38,8 @@ EXPERIMENT = "isim"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 # Limits of one log_batch request.
 MAX_PARAMS, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 100, 6000, 7900
+# Characters of an error's first line that are looked at.
+_MOST_READ = 1 << 14
 # Tags that the run of pictures has from its execution.
 PICTURE_TAGS = ("isim.pipeline", "isim.project", "isim.version", "mlflow.user")
 # MLflow imports them if it can, for data frames, sparse inputs of models and coloured error pages;
@@ -218,7 +220,9 @@ def create_database(uri: str) -> None:
 
 def reason(error: BaseException) -> str:
     """Return the first line of an error, of nested HTTP errors the innermost; without secrets."""
-    text = (without_secrets(str(error)).strip() or type(error).__name__).splitlines()[0]
+    # A server may answer with a megabyte, and a few words are shown.
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = without_secrets(cut(first, _MOST_READ))
     # requests wraps the cause three times.
     cause = re.search(r"""Caused by \w+\(["'](.*)["']\)\)""", text)
     return (cause[1] if cause else text)[:200].strip(". ")
