@@ -24,7 +24,7 @@ import typer
 
 from isim import errors
 from isim.errors import UserError, hide_secrets, without_secrets
-from isim.runtime.ending import watch_signals
+from isim.runtime.ending import unwatch, watch_signals
 
 # Characters of an error that nobody foresaw, which leave room for the file that tells the rest.
 _TOLD = 140
@@ -494,6 +494,7 @@ def main() -> None:
         # What libraries do at the end is interrupted without a word.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        unwatch()
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

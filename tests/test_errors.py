@@ -204,6 +204,32 @@ def test_cams_of_another_form_are_refused(cam, ids, size, tmp_path):
     assert "is not a CAM file" in refusal(files.read_cam, tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize(
+    ("grid", "fits"),
+    [
+        ((9, 14), True),
+        ((5, 7), True),
+        ((3, 4), True),
+        ((1, 2), True),
+        ((1, 1), True),
+        ((1, 4), False),
+        ((3, 7), False),
+        ((7, 14), False),
+        ((10, 15), False),
+        ((18, 28), False),
+    ],
+)
+def test_cams_have_the_shape_of_their_image_at_a_stride(grid, fits, tmp_path):
+    Image.new("RGB", (14, 9)).save(tmp_path / "i.png")
+    ids = np.array([1, 2])
+    files.write_cam(tmp_path / "a.npz", np.zeros((2, *grid)), ids, (9, 14))
+    given = tmp_path / "a.npz", tmp_path / "i.png", ids
+    if fits:
+        assert files.read_cam_of(*given)[0].shape == (2, *grid)
+    else:
+        assert "at no stride" in refusal(files.read_cam_of, *given)
+
+
 def test_a_cam_file_that_asks_for_all_the_memory_is_refused(tmp_path):
     header = io.BytesIO()
     about = {"descr": "<f2", "fortran_order": False, "shape": (1, 200_000, 200_000)}

@@ -446,4 +446,20 @@ def read_cam_of(
             f"CAM {path} is of another size or other classes than {image} now has; run "
             "`isim export-cams` again"
         )
+    if not _is_reduced(size, planes.shape[1:]):
+        raise UserError(
+            f"CAM {path} has planes of {planes.shape[1]}x{planes.shape[2]}, which at no stride are "
+            f"those of {size[0]}x{size[1]} pixels; run `isim export-cams` again"
+        )
     return planes, size
+
+
+def _is_reduced(size: tuple[int, int], small: tuple[int, ...]) -> bool:
+    """Tell whether a grid is that of an image at some whole stride, rounded up."""
+    # The smallest stride that gives so many rows.
+    stride = -(-size[0] // small[0])
+    while stride <= max(size) and -(-size[0] // stride) == small[0]:
+        if -(-size[1] // stride) == small[1]:
+            return True
+        stride += 1
+    return False

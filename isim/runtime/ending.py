@@ -15,6 +15,7 @@ GRACE = 5.0
 
 _begun = threading.Event()
 _grace = GRACE
+_writer = -1
 
 
 def watch_signals() -> None:
@@ -22,12 +23,21 @@ def watch_signals() -> None:
 
     Handlers that are set, whenever, are called as ever; a signal that is ignored stays so.
     """
+    global _writer
     reader, writer = os.pipe()
+    _writer = writer
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # A child that was forked shares the pipe: its signals are not ours.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_wait, args=(reader,), name="ending", daemon=True).start()
+
+
+def unwatch() -> None:
+    """Watch no longer, at the end of the program: of who called it, too, if no signal ends it."""
+    if not begun():
+        signal.set_wakeup_fd(-1)
+        os.close(_writer)
 
 
 def allow(seconds: float) -> None:
@@ -42,8 +52,13 @@ def begun() -> bool:
 
 
 def _wait(reader: int) -> None:
-    while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
-        pass
+    number = 0
+    while number not in (signal.SIGINT, signal.SIGTERM):
+        told = os.read(reader, 1)
+        if not told:
+            os.close(reader)
+            return
+        number = told[0]
     _begun.set()
     time.sleep(_grace)
     name = signal.Signals(number).name

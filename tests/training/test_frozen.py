@@ -45,7 +45,8 @@ def make(items, maps, here, tiny):
 
     def make(calls, items=items, **changes):
         head = tiny.train_cam.frozen.head.model_copy(update=HEAD)
-        values = {"head": head, "rounds": 2, "affinity": "none", "classifier_steps": 5} | changes
+        values = {"head": head, "rounds": 2, "affinity": "none", "classifier_steps": 5}
+        values |= {"crf_every_round": False} | changes
         loop = tiny.train_cam.frozen.model_copy(update=values)
         params = tiny.train_cam.model_copy(update={"frozen": loop, "threshold": 0.5})
         network = network_of("frozen", head_kind="none").eval()
