@@ -20,7 +20,8 @@ def home(root: Path) -> Path:
 def resolve_path(text: str, root: Path) -> Path:
     """Expand the variables of a path parameter; a relative path is taken from `home(root)`.
 
-    Raises UserError when one other than `$ISIM_DATA` and `$ISIM_SHARED` has no value.
+    Raises UserError when one other than `$ISIM_DATA` and `$ISIM_SHARED` has no value, and for the
+    address of a server.
     """
     defaults = {"ISIM_DATA": "data/raw", "ISIM_SHARED": "../shared"}
     try:
@@ -29,6 +30,9 @@ def resolve_path(text: str, root: Path) -> Path:
         raise UserError(
             f"the path {text} uses a variable that is not set; export it or edit it"
         ) from error
+    if re.match(r"[A-Za-z][\w+.-]*://", expanded):
+        # As a path it would lose a slash, and a password in it its disguise.
+        raise UserError(f"{expanded} is an address, no path; fetch the file, and name that")
     try:
         return (home(root) / os.path.expanduser(expanded)).resolve()
     # Links in a circle, a name of thousands of characters.

@@ -36,6 +36,12 @@ def test_an_unset_variable_in_a_path_is_an_error(tmp_path):
             resolve_path(text, tmp_path)
 
 
+def test_an_address_is_no_path_and_its_password_not_told(tmp_path):
+    with pytest.raises(UserError, match="is an address, no path; fetch") as caught:
+        resolve_path("https://me:hidd3n@host/x.safetensors", tmp_path)
+    assert "hidd3n" not in str(caught.value)
+
+
 @given(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=20))
 def test_a_plain_relative_path_stays_below_the_home(name):
     root = Path(__file__).parent
