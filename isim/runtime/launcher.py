@@ -15,6 +15,9 @@ from isim.errors import UserError
 from isim.runtime import ending, paths
 from isim.runtime.processes import LOST
 
+# Processes of a machine.
+_MOST = 1024
+
 
 def started() -> bool:
     """Tell whether torchrun has started this process, as one of several."""
@@ -28,7 +31,7 @@ def options() -> list[str]:
     """
     if started():
         return []
-    count, others = paths.number_of("ISIM_PROCESSES", 1, 1024), paths.words_of("ISIM_TORCHRUN")
+    count, others = paths.number_of("ISIM_PROCESSES", 1, _MOST), paths.words_of("ISIM_TORCHRUN")
     each = [] if count is None else ["--nproc-per-node", str(count)]
     if not others:
         return ["--standalone", *each] if count not in (None, 1) else []
@@ -55,6 +58,11 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
     except SystemExit:
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
         raise UserError(f"ISIM_TORCHRUN: {reason}") from None
+    if arguments.training_script != "isim":
+        # torchrun would run that instead.
+        raise UserError(f"ISIM_TORCHRUN: {arguments.training_script} is no option; take it out")
+    if (number := str(arguments.nproc_per_node)).isdecimal() and int(number) > _MOST:
+        raise UserError(f"ISIM_TORCHRUN: {number} processes, more than {_MOST}; ask for fewer")
     # It waits for its processes, and does nothing else.
     ending.allow(3 * ending.GRACE)
     logging.disable(logging.CRITICAL)

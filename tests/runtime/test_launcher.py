@@ -31,3 +31,17 @@ def test_wrong_settings_are_named(monkeypatch):
             launcher.options()
     with pytest.raises(UserError, match="ISIM_TORCHRUN: unrecognized arguments: --bogus"):
         launcher.launch(["--bogus"], ["evaluate"])
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ("--nproc-per-node=99999999", "99999999 processes, more than 1024"),
+        ("; rm -rf x", "; is no option"),
+        ("script.py", r"script\.py is no option"),
+    ],
+)
+def test_settings_that_torchrun_would_take_are_bounded(monkeypatch, others, words):
+    monkeypatch.setenv("ISIM_TORCHRUN", others)
+    with pytest.raises(UserError, match=f"ISIM_TORCHRUN: {words}"):
+        launcher.launch(launcher.options(), ["export-cams"])
