@@ -106,7 +106,7 @@ def test_what_the_environment_hides_is_hidden_in_pieces_too(name, value, monkeyp
     ("name", "value", "text"),
     [
         ("DOCKER_HOST", "ssh://isim@x", "isim: error: no such file; run `isim predict` again"),
-        ("DOCKER_HOST", "ssh://root@build", "/root/data/train.csv"),
+        ("DOCKER_HOST", "ssh://ann@build", "photos/ann/train.csv"),
         ("ORIGIN", "ssh://git@github.com", "run `git init` at github.com"),
         ("ORIGIN", "https://ann@github.com/a/b:c@d", "images of ann; run `git init`"),
         ("ORIGIN", "https://isim-data@github.com/a", "data of isim-data"),
@@ -114,7 +114,7 @@ def test_what_the_environment_hides_is_hidden_in_pieces_too(name, value, monkeyp
         ("DB_PASSWORD", "train_cam", "train_cam.threshold (2) must be below 1"),
         ("DB_PASSWORD", "cannot@predict", "cannot predict"),
         ("DB_PASSWORD", "abc", "abc"),
-        ("STORE", "sqlite:////home/ann:x/b@c", "/home/ann/x"),
+        ("STORE", "sqlite:///photos/ann:x/b@c", "photos/ann/x"),
     ],
     ids=itertools.count(),
 )
@@ -206,7 +206,7 @@ def test_half_a_secret_is_not_shown_where_a_reason_is_cut(monkeypatch):
 
 
 def test_the_shell_s_own_folder_is_no_secret(monkeypatch):
-    monkeypatch.setenv("PWD", "/home/ann/mlflow")
+    monkeypatch.setenv("PWD", "/photos/ann/mlflow")
     assert without_secrets("cannot read mlflow.db of ann") == "cannot read mlflow.db of ann"
 
 

@@ -4,6 +4,7 @@ DVC alone knows whether a stage is up to date. What it wrote in `dvc.lock` is he
 `params.yaml`, the outs of the stages before, and the code; no image is hashed.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,9 @@ from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from isim import errors
 from isim.errors import UserError
 from isim.params import flatten
+from isim.runtime import figures, finished
 from isim.runtime.identity import PACKAGE, md5
 
 # Word of a stage, and the label set it runs for, or "".
@@ -73,7 +71,7 @@ class Execution:
         """Read the headline figures of stages that are up to date without having run."""
         steps = [step for step in self.steps if step.key not in ran and step.key != just]
         found = {step.key: self._figures(step) for step in steps if self.recorded(step, just)}
-        return {key: figures for key, figures in found.items() if figures}
+        return {key: own for key, own in found.items() if own}
 
     def recorded(self, step: Step, just: Key | None = None) -> bool:
         """Tell whether dvc.lock has a stage as it would run now; `just` changes what it reads."""
@@ -105,12 +103,9 @@ class Execution:
         return all(ran[other.key] <= ran[step.key] for other in before)
 
     def _figures(self, step: Step) -> dict[str, float]:
-        path = self.root.joinpath("reports", *filter(None, step.key), "metrics.json")
-        try:
-            tree = errors.json_of(path)
-        except (OSError, ValueError, RecursionError, UserError):
-            return {}
-        return headline(tree) if isinstance(tree, dict) else {}
+        with contextlib.suppress(OSError, UserError):
+            return headline(figures.read(self.root.joinpath("reports", *filter(None, step.key))))
+        return {}
 
     def goes_on(self, missing: list[str]) -> "Process | None":
         """Find the DVC that runs this stage and has some of the missing ones still to run."""
@@ -141,8 +136,8 @@ class Process:
 
 def load(root: Path, params: Mapping[str, Any]) -> Execution:
     """Read dvc.yaml and dvc.lock of a project; without them, isim's own stages are meant."""
-    tree, lock = (_yaml(root / name).get("stages") for name in ("dvc.yaml", "dvc.lock"))
-    if isinstance(tree, dict):
+    tree, lock = (finished.stages_of(root / name) for name in ("dvc.yaml", "dvc.lock"))
+    if tree:
         steps = tuple(step for word, entry in tree.items() for step in _steps(word, entry, params))
     else:
         words = sorted(path.stem for path in (PACKAGE / "stages").glob("*.py"))
@@ -152,15 +147,15 @@ def load(root: Path, params: Mapping[str, Any]) -> Execution:
             if word in params
             for key in _keys(word, params, word == "train_segmenter")
         )
-    return Execution(root, params, steps, lock if isinstance(lock, dict) else {})
+    return Execution(root, params, steps, lock)
 
 
 def headline(tree: Mapping[str, Any]) -> dict[str, float]:
-    """Choose the figures of a metrics.json that runs are compared by, by names with `_`.
+    """Choose the figures of a stage that runs are compared by, named as the stage itself does.
 
-    Those are the mIoUs; where there is none, the numbers of the file's top level.
+    Those are the mIoUs, `<split>_<figure>`; where there is none, the numbers that no split has.
     """
-    flat = {name.replace(".", "_").removeprefix("splits_"): v for name, v in flatten(tree).items()}
+    flat = {name.replace(".", "_"): value for name, value in flatten(tree).items()}
     mious = {name: value for name, value in flat.items() if name.endswith("miou")}
     return _numbers(mious) or _numbers(tree)
 
@@ -255,21 +250,10 @@ def _numbers(tree: Mapping[str, Any]) -> dict[str, float]:
 
 def _overlap(one: str, other: str) -> bool:
     """Tell whether two paths are the same, or one lies below the other."""
-    first, second = PurePosixPath(one).parts, PurePosixPath(other).parts
-    shorter = min(len(first), len(second))
-    return first[:shorter] == second[:shorter]
+    return PurePosixPath(one).is_relative_to(other) or PurePosixPath(other).is_relative_to(one)
 
 
 @cache
 def _md5(path: Path) -> str | None:
     # The code does not change while it runs.
     return md5(path) if path.exists() else None
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """Read YAML that others have written; what cannot be read says nothing."""
-    try:
-        tree = YAML(typ="safe").load(errors.text(path))
-    except (OSError, ValueError, YAMLError, RecursionError, UserError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isim.data.formats import overlay
 from isim.metrics import iou
 from isim.runtime.atomic import atomic_path
 
@@ -20,8 +21,6 @@ Rows = Sequence[Mapping[str, Any]]
 MANY = 60
 # Inches: matplotlib holds a figure several times over.
 HIGHEST = 60.0
-# Characters of a name that are drawn.
-LONGEST = 40
 
 
 def curves(
@@ -152,19 +151,10 @@ def _room(names: Sequence[str]) -> float:
 
 
 def drawable(name: str) -> str:
-    """Return a name as it can be drawn: no formula, no more than `LONGEST` characters.
-
-    A character that the font has not, or that is none to see, is its code point.
-    """
-    known = _glyphs()
-    cut = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
-    seen = "".join(c if ord(c) in known and c.isprintable() else _code_point(c) for c in cut)
+    """Return a name as matplotlib's own font draws it, and no formula."""
+    seen = overlay.drawable(name, _glyphs())
     # A dollar begins a formula, an underscore hides a name from the legend.
     return (f" {seen}" if seen.startswith("_") else seen).replace("$", r"\$")
-
-
-def _code_point(character: str) -> str:
-    return f"\\u{ord(character):04x}"
 
 
 @functools.cache

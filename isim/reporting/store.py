@@ -76,9 +76,7 @@ def open_run(
         UserError: The store cannot be reached, created or read.
     """
     uri = tracking_uri(root)
-    with reached(uri), _mlflow() as mlflow:
-        create_database(uri)
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with _reached(uri) as client:
         whole = read_yaml(root / "params.yaml")
         pipeline = execution.load(root, whole)
         shared = _shared_tags(root, digest(whole))
@@ -123,9 +121,7 @@ def refresh(root: Path) -> str:
         UserError: The store cannot be reached, created or read.
     """
     uri = tracking_uri(root)
-    with reached(uri), _mlflow() as mlflow:
-        create_database(uri)
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with _reached(uri) as client:
         file = root / "params.yaml"
         pipeline = execution.load(root, read_yaml(file)) if file.exists() else None
         with _lock(_folder_of(uri, root)):
@@ -135,10 +131,15 @@ def refresh(root: Path) -> str:
 
 
 @contextlib.contextmanager
-def reached(uri: str) -> Iterator[None]:
-    """Turn whatever a store raises in the block into a UserError that names the store."""
+def _reached(uri: str) -> Iterator["MlflowClient"]:
+    """Yield a client of a store, whose database is made if need be.
+
+    Whatever the store raises in the block becomes a UserError that names it.
+    """
     try:
-        yield
+        with _mlflow() as mlflow:
+            create_database(uri)
+            yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     except UserError:
         raise
     # Drivers, HTTP, SQL: each back end has its own exceptions, the user one remedy.

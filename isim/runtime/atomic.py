@@ -88,11 +88,8 @@ def require_folder(path: Path) -> None:
 
 def sync_one(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; OSError passes."""
-    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with _descriptor(path) as number:
         os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def sync(path: Path) -> None:
@@ -104,9 +101,16 @@ def sync(path: Path) -> None:
     if not hasattr(libc, "syncfs"):
         os.sync()
         return
+    with _descriptor(path) as number:
+        libc.syncfs(number)
+
+
+@contextlib.contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    # `open` takes no folder.
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        libc.syncfs(number)
+        yield number
     finally:
         os.close(number)
 

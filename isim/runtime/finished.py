@@ -280,11 +280,15 @@ def _delete(path: Path) -> None:
             path.unlink()
 
 
-def _entry(root: Path, stage: str) -> dict[str, Any]:
-    """Read a stage's entry of dvc.lock; empty where there is none."""
+def stages_of(path: Path) -> dict[str, Any]:
+    """Read the stages of dvc.yaml or dvc.lock; none where there are none, or others' damage."""
     try:
-        text = errors.text(root / "dvc.lock")
-        return dict(YAML(typ="safe").load(text)["stages"][stage])
-    # Whatever others have written there.
+        return dict(YAML(typ="safe").load(errors.text(path))["stages"])
     except (OSError, YAMLError, KeyError, TypeError, ValueError, RecursionError, UserError):
         return {}
+
+
+def _entry(root: Path, stage: str) -> dict[str, Any]:
+    """Read a stage's entry of dvc.lock; empty where there is none."""
+    found = stages_of(root / "dvc.lock").get(stage)
+    return found if isinstance(found, dict) else {}

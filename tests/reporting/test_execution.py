@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from isim.experiments import preset
 from isim.params import read_yaml
 from isim.reporting import execution
+from isim.runtime import figures
 
 ROOT = Path(__file__).parents[2]
 PARAMS = {"prepare": {"n": 1}, "train_cam": {"n": 2}, "evaluate": {"n": 3}, "label_sets": []}
@@ -32,7 +33,9 @@ def project(tmp_path):
         }
         folder = tmp_path / "reports" / name
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"a": {"miou": 0.5}, "n": 1}))
+        figures.write(folder, {"n": 1, "train": {"cam_miou": 0.5, "images": 3}}, None)
+        # The headline has other names, by which DVC compares.
+        (folder / "metrics.json").write_text('{"cam": {"train": 0.5}}')
     write(tmp_path, "dvc.yaml", stages)
     write(tmp_path, "dvc.lock", lock)
     return tmp_path
@@ -83,7 +86,12 @@ def test_without_a_record_the_runs_count_in_their_order(project):
 def test_skipped_stages_tell_their_figures(project):
     found = execution.load(project, PARAMS)
     skipped = found.skipped({("train_cam", ""): 1.0}, ("evaluate", ""))
-    assert skipped == {("prepare", ""): {"a_miou": 0.5}}
+    assert skipped == {("prepare", ""): {"train_cam_miou": 0.5}}
+    (project / "reports/prepare/figures.csv").unlink()
+    old = {"n": 1, "splits": {"val": {"miou": 0.4}}}
+    (project / "reports/prepare/metrics.json").write_text(json.dumps(old))
+    skipped = found.skipped({("train_cam", ""): 1.0}, ("evaluate", ""))
+    assert skipped == {("prepare", ""): {"val_miou": 0.4}}
 
 
 def test_the_real_pipeline_is_understood(tmp_path):

@@ -1,6 +1,6 @@
 """Overlays: an image with its mask in colours, contours and a legend, as JPEG."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import cv2
@@ -16,7 +16,7 @@ from isim.runtime.atomic import atomic_path
 # Longer side of what is written, in pixels: overlays are looked at, not computed with.
 LARGEST = 1600
 _SHARE = 0.5
-# Characters of a name in the legend; code points from which on Pillow's own font has few.
+# Characters of a name that are drawn; code points from which on Pillow's own font has few.
 _LONGEST, _OTHER_SCRIPTS = 40, 0x180
 
 
@@ -66,7 +66,7 @@ def drawn(
 def _legend(shares: NDArray[np.float64], names: Sequence[str], width: int) -> NDArray[np.uint8]:
     """Draw the classes that occur, as many lines of them as need be: (h, width, 3) uint8."""
     font = ImageFont.load_default(size=14)
-    names = [_drawable(name) for name in names]
+    names = [drawable(name, range(_OTHER_SCRIPTS)) for name in names]
     entries = [(v, f"{names[v]} {_percent(shares[v])}") for v in range(1, len(names)) if shares[v]]
     if shares[IGNORE]:
         entries.append((IGNORE, f"not sure {_percent(shares[IGNORE])}"))
@@ -92,12 +92,13 @@ def _legend(shares: NDArray[np.float64], names: Sequence[str], width: int) -> ND
     return np.asarray(sheet)
 
 
-def _drawable(name: str) -> str:
-    """Return a name as Pillow's font has it: another script by its code points, cut if long."""
+def drawable(name: str, glyphs: Container[int]) -> str:
+    """Return a name as a font that has these code points draws it, cut if long.
+
+    A character that the font has not, or that is none to see, is its code point.
+    """
     cut = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
-    return "".join(
-        c if c.isprintable() and ord(c) < _OTHER_SCRIPTS else f"\\u{ord(c):04x}" for c in cut
-    )
+    return "".join(c if c.isprintable() and ord(c) in glyphs else f"\\u{ord(c):04x}" for c in cut)
 
 
 def _percent(share: float) -> str:
