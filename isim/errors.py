@@ -12,13 +12,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
 # Characters of a message, and of a value that a parser's own words may quote.
 LONGEST, _QUOTED = 285, 100
+# Characters of a name in a picture.
+_DRAWN = 40
 # Bytes of small files (JSON, lists of a project), of tables and lists of people, and of any file.
 SMALL, TABLE, LARGE = 64 << 20, 256 << 20, 64 << 30
 # Characters of a line of a list or a table.
@@ -119,6 +121,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def drawable(name: str, glyphs: Container[int]) -> str:
+    """Return a name, cut if it is long, as a font that has these code points draws it.
+
+    A character that the font has not, or that is none to see, is its code point.
+    """
+    shown = cut(name, _DRAWN)
+    return "".join(c if c.isprintable() and ord(c) in glyphs else f"\\u{ord(c):04x}" for c in shown)
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isim.data.formats import overlay
+from isim import errors
 from isim.metrics import iou
 from isim.runtime.atomic import atomic_path
 
@@ -152,7 +152,7 @@ def _room(names: Sequence[str]) -> float:
 
 def drawable(name: str) -> str:
     """Return a name as matplotlib's own font draws it, and no formula."""
-    seen = overlay.drawable(name, _glyphs())
+    seen = errors.drawable(name, _glyphs())
     # A dollar begins a formula, an underscore hides a name from the legend.
     return (f" {seen}" if seen.startswith("_") else seen).replace("$", r"\$")
 

@@ -1,6 +1,6 @@
 """Overlays: an image with its mask in colours, contours and a legend, as JPEG."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -10,14 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from isim.data.files import voc_palette
 from isim.data.formats.labelled import LabelledSet
+from isim.errors import drawable
 from isim.metrics import IGNORE
 from isim.runtime.atomic import atomic_path
 
 # Longer side of what is written, in pixels: overlays are looked at, not computed with.
 LARGEST = 1600
 _SHARE = 0.5
-# Characters of a name that are drawn; code points from which on Pillow's own font has few.
-_LONGEST, _OTHER_SCRIPTS = 40, 0x180
+# Code points from which on Pillow's own font has few.
+_OTHER_SCRIPTS = 0x180
 
 
 def write_overlays(data: LabelledSet, folder: Path) -> int:
@@ -90,15 +91,6 @@ def _legend(shares: NDArray[np.float64], names: Sequence[str], width: int) -> ND
         if not entries:
             draw.text((4, top + 11), f"{names[0]} alone", "black", font, anchor="lm")
     return np.asarray(sheet)
-
-
-def drawable(name: str, glyphs: Container[int]) -> str:
-    """Return a name as a font that has these code points draws it, cut if long.
-
-    A character that the font has not, or that is none to see, is its code point.
-    """
-    cut = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
-    return "".join(c if c.isprintable() and ord(c) in glyphs else f"\\u{ord(c):04x}" for c in cut)
 
 
 def _percent(share: float) -> str:
