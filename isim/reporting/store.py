@@ -149,8 +149,8 @@ def _reached(uri: str) -> Iterator["MlflowClient"]:
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of it"
         told = f"HTTP {code}" if code in (401, 403) else reason(error)
         raise UserError(
-            f"cannot use the MLflow tracking store {without_secrets(uri)[:120]}: {told[:100]}; "
-            f"{remedy}"
+            f"cannot use the MLflow tracking store {cut(without_secrets(uri), 120)}: "
+            f"{cut(told, 100)}; {remedy}"
         ) from error
 
 
