@@ -7,6 +7,7 @@ thread waits for the signals themselves, and ends the program if it has not ende
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -16,6 +17,7 @@ GRACE = 5.0
 _begun = threading.Event()
 _grace = GRACE
 _writer = -1
+_hook = sys.unraisablehook
 
 
 def watch_signals() -> None:
@@ -23,7 +25,8 @@ def watch_signals() -> None:
 
     Handlers that are set, whenever, are called as ever; a signal that is ignored stays so.
     """
-    global _writer
+    global _writer, _hook
+    _hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     reader, writer = os.pipe()
     _writer = writer
     os.set_blocking(writer, False)
@@ -38,6 +41,7 @@ def unwatch() -> None:
     if not begun():
         signal.set_wakeup_fd(-1)
         os.close(_writer)
+        sys.unraisablehook = _hook
 
 
 def allow(seconds: float) -> None:
@@ -49,6 +53,22 @@ def allow(seconds: float) -> None:
 def begun() -> bool:
     """Tell whether a signal ends the program."""
     return _begun.is_set()
+
+
+def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Send a signal once more if Python dropped what its handler raised: in a destructor."""
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+        number = signal.SIGTERM
+    else:
+        _hook(dropped)
+        return
+    # Once the destructor has ended, which this must not be part of.
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _wait(reader: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from isim.runtime import ending
 
 PROGRAM = """
-import contextlib, ctypes, os, sys
+import contextlib, ctypes, os, sys, time
 from isim import cli
 from isim.runtime import helpers
 
@@ -46,9 +46,19 @@ def blocked_loader(fifo):
         batches = iter(loader)
     next(batches)
 
+def in_a_destructor(fifo):
+    class Slow:
+        def __del__(self):
+            told("begun")
+            time.sleep(20)
+
+    Slow()
+    time.sleep(20)
+
 def app():
     try:
-        told("begun")
+        if sys.argv[1] != "in_a_destructor":
+            told("begun")
         globals()[sys.argv[1]](sys.argv[2])
     finally:
         told("closed")
@@ -81,3 +91,17 @@ def test_a_read_that_never_returns_does_not_outlive_a_signal(where, number, tmp_
     assert code in ({128 + number, -number} if uncaught else {128 + number})
     assert rest == ("" if where == "blocked_for_good" else "closed\n")
     assert psutil.wait_procs(helpers, timeout=5)[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_handler_raises_in_a_destructor_is_not_dropped(number, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, "in_a_destructor", tmp_path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        rest, told = process.communicate(timeout=60)
+    # Neither was it ended by force.
+    assert rest == "closed\n" and "isim: ended" not in told
+    assert "Exception ignored" not in told
+    assert process.returncode in (128 + number, -number)
