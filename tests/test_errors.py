@@ -344,13 +344,14 @@ def test_outlines_that_would_end_python_are_refused(outline, tmp_path):
         ({"labels.csv": "id,labels,known\na,cat,yes\n"}, "known: yes"),
         ({"labels.csv": "id,labels,known\na,cow,1\n"}, "is damaged"),
         ({"train.csv": f"id,image,mask\n{'a' * 300},i.jpg,\n"}, "too long"),
+        ({"train.csv": "id,image,mask\n"}, "train.csv lists 0 images of 1"),
         ({"classes": ["cat", "cat"]}, "cat is there twice"),
         ({"classes": ["cat", "d\x1bog"]}, "control characters"),
         ({"classes": ["cat", " dog"]}, "blanks around it"),
         ({"classes": ["cat", ""]}, "no name"),
         ({"classes": [True, 1]}, "no list of names"),
-        ({"splits": ["../x"]}, "path of a file"),
-        ({"splits": ["/x"]}, "path of a file"),
+        ({"splits": {"../x": 1}}, "path of a file"),
+        ({"splits": {"/x": 1}}, "path of a file"),
     ],
 )
 def test_prepared_data_from_elsewhere_are_checked(change, words, tmp_path):
@@ -358,7 +359,7 @@ def test_prepared_data_from_elsewhere_are_checked(change, words, tmp_path):
 
     folder = tmp_path / prepared.FOLDER
     folder.mkdir(parents=True)
-    about = {"format": 2, "root": "prepared:", "classes": ["cat", "dog"], "splits": ["train"]}
+    about = {"format": 2, "root": "prepared:", "classes": ["cat", "dog"], "splits": {"train": 1}}
     tables = {
         "train.csv": "id,image,mask\na,i.jpg,\n",
         "labels.csv": "id,labels,known\na,cat;dog,1\n",

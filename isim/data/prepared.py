@@ -123,6 +123,9 @@ def load(root: Path) -> Prepared:
         for split in names:
             rows = read_csv(folder / f"{split}.csv")
             _require_names(f"image of {split}", [row["id"] for row in rows], id_fault)
+            if len(rows) != (images := about["splits"][split]):
+                # A list that lost its end at a line's end reads well.
+                raise ValueError(f"{split}.csv lists {len(rows)} images of {images}")
             splits[split] = tuple(map(item, rows))
         return Prepared(tuple(classes), splits)
 
