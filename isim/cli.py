@@ -10,6 +10,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -28,6 +29,10 @@ from isim.runtime.ending import unwatch, watch_signals
 
 # Characters of an error that nobody foresaw, which leave room for the file that tells the rest.
 _TOLD = 140
+# Words of torch, of its CUDA libraries and of OpenCV.
+_NO_MEMORY = re.compile(r"(?i)out of memory|can't allocate memory|ALLOC_FAILED|insufficient memory")
+# What a path can be that the system takes nowhere: these are no faults of isim's.
+_UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 app = typer.Typer(
     help="ISIM: from image-level tags to segmentation pseudo-labels. `dvc repro` runs the stages "
@@ -170,11 +175,12 @@ def init(
             progress.tell(line)
         try:
             told = plan.make(chosen.params, new).lines()
-            told.append(f"{new} is ready: cd {new} && dvc repro")
+            told.append(f"{new} is ready: cd {shlex.quote(str(new))} && dvc repro")
         except UserError as error:
             # The project is there, and its data or parameters can be mended.
             told = [f"no plan, as a dry run failed: {error}"]
-            told.append(f"{new} is written; mend that, then: cd {new} && isim plan && dvc repro")
+            there = f"cd {shlex.quote(str(new))}"
+            told.append(f"{new} is written; mend that, then: {there} && isim plan && dvc repro")
     for line in told:
         typer.echo(line)
 
@@ -438,6 +444,15 @@ def _note(lines: list[str]) -> None:
         typer.echo(f"isim: note: {errors.one_line(line)}", err=True)
 
 
+def _project_above(here: Path) -> list[str]:
+    """Tell of a project whose subfolder this is: what is missing here is there."""
+    names = ("params.yaml", "dvc.yaml")
+    if all((here / name).exists() for name in names):
+        return []
+    above = (one for one in here.parents if all((one / name).exists() for name in names))
+    return [f"the project {one} is above this folder: run isim there" for one in above][:1]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -467,9 +482,12 @@ def main() -> None:
     # Network threads share the cores with dCRF helpers and loaders: one that spins while it waits
     # takes their time. Read by OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_missing_streams()
     # Without this a terminated run would skip its context managers: MLflow would show it as
-    # running for ever, and loader processes would outlive it.
-    signal.signal(signal.SIGTERM, _terminate)
+    # running for ever, and loader processes would outlive it. nohup ignores a closed terminal.
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ends) is not signal.SIG_IGN:
+            signal.signal(ends, _terminate)
     watch_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -483,18 +501,32 @@ def main() -> None:
         if ending := _ending(error):
             raise ending from None
         if isinstance(error, UserError):
+            if str(Path.cwd()) in str(error):
+                _note(_project_above(Path.cwd()))
             _fail(str(error))
-        if not _disk_is_full(error):
-            _tell_unknown(error)
-        name = getattr(error, "filename", None)
-        where = f" while writing {name}" if name else ""
-        full = f"no space left on the disk{where}; free some and run the same command again"
-        _fail(errors.one_line(full))
+        if told := _of_machine(error):
+            _fail(errors.one_line(told))
+        if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename:
+            why = errors.one_line(f"cannot use {error.filename} ({error.strerror})", 200)
+            _fail(f"{why}; name another path, or fix its permissions")
+        _tell_unknown(error)
     finally:
-        # What libraries do at the end is interrupted without a word.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # What libraries do at the end is interrupted without a word, and their children may end.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         unwatch()
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null for streams that a program is started without (`>&-`, some schedulers).
+
+    The next file to be opened, maybe a database, would have their number, and get what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -509,11 +541,27 @@ def _ending(error: BaseException) -> SystemExit | None:
     return context
 
 
-def _disk_is_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # Libraries written in other languages wrap the same condition in errors of their own.
-    return "No space left on device" in str(error)
+def _of_machine(error: Exception) -> str:
+    """Tell of what the machine lacks, and what to do; empty for errors that are none of its."""
+    number = error.errno if isinstance(error, OSError) else None
+    # Libraries written in other languages wrap the same conditions in errors of their own.
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
+        return f"no space left on the disk{where}; free some and run the same command again"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(text):
+        return (
+            f"not enough memory ({errors.reason(error)}); end what else uses it, or lower batch or "
+            "crop of the stage in params.yaml, and run the same command again"
+        )
+    foreign = isinstance(error, ImportError) and not (error.name or "").startswith("isim")
+    if foreign or "shared object file" in text:
+        return (
+            f"a library of isim's cannot be loaded ({errors.reason(error)}); install isim anew, or "
+            "give it more memory"
+        )
+    return ""
 
 
 def _tell_unknown(error: Exception) -> NoReturn:

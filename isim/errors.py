@@ -291,13 +291,25 @@ def _without_users(found: re.Match[str]) -> str:
     return "".join([*parts, word[done:]])
 
 
+# Control characters that move no line, and those that turn text around: a terminal obeys them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Written by itself it is a bar's that has others above it.
+_LINES_UP = re.compile(r"(?:\x1b\[A)+")
+
+
 def hide_secrets(stream: TextIO) -> None:
-    """Let a stream write no secret, whoever writes to it: prints, logs, warnings, tracebacks."""
+    r"""Let a stream write no secret, whoever writes to it: prints, logs, warnings, tracebacks.
+
+    Control characters, which paths and names of files may have, become \x1b and the like.
+    """
     write = stream.write
     if not hasattr(write, "hides_secrets"):
 
         def hidden(text: str, /) -> int:
-            write(without_secrets(text))
+            shown = text
+            if not _LINES_UP.fullmatch(text):
+                shown = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], without_secrets(text))
+            write(shown)
             return len(text)
 
         hidden.hides_secrets = True  # type: ignore[attr-defined]

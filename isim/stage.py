@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import os
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from pydantic import BaseModel
 from isim.data import files, prepared
 from isim.data.prepared import Item
 from isim.errors import UserError
-from isim.params import Params, load
+from isim.params import Params, flatten, load, read_yaml
 from isim.reporting import pictures, tracking
 from isim.runtime import (
     atomic,
@@ -252,6 +253,7 @@ def opened(
         root=root,
         hashes=_hashes(reads),
     )
+    before = _to_be_recorded(root, reads)
     key, place = _identity(here, words, params, state), "/".join(("reports", *words))
     runs = base.joinpath("resume", *words)
     _publish_again(runs, key, root)
@@ -268,6 +270,7 @@ def opened(
         yield here
         processes.barrier()
         if processes.is_main():
+            _require_same(before, root, reads, here.hashes)
             done = here._finished(place)
             done.publish(here.resume)
             for name, model in here._models.items():
@@ -318,10 +321,54 @@ def _require_unchanged(root: Path) -> None:
 
 def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:
     """Hash the inputs, in the first process: all read the same folder."""
-    found = {}
-    if processes.is_main():
-        found = {name: identity.md5(path) for name, path in reads.items() if path.exists()}
-    return processes.broadcast(found)
+    return processes.broadcast(_digests(reads) if processes.is_main() else {})
+
+
+def _digests(reads: Mapping[str, Path]) -> dict[str, str]:
+    return {name: identity.md5(path) for name, path in reads.items() if path.exists()}
+
+
+def _to_be_recorded(root: Path, reads: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
+    """Read the parameters that DVC records of this stage, and the times of the files it reads.
+
+    DVC does so when the stage has ended. Both are empty without DVC, and in other processes than
+    the first.
+    """
+    if not (processes.is_main() and finished.under_dvc()):
+        return {}, ""
+    name = os.environ["DVC_STAGE"].rpartition(":")[2].partition("@")[0]
+    wanted = finished.stages_of(root / "dvc.yaml").get(name, {}).get("params") or ()
+    starts = tuple(f"{one}." for one in wanted)
+    tree = flatten(read_yaml(root / "params.yaml")) if starts else {}
+    own = {key: value for key, value in tree.items() if f"{key}.".startswith(starts)}
+    return own, identity.of_times(reads.values())
+
+
+def _require_same(
+    before: tuple[dict[str, Any], str],
+    root: Path,
+    reads: Mapping[str, Path],
+    hashes: Mapping[str, str],
+) -> None:
+    """Check that DVC will record what the stage has read. Raises UserError if not.
+
+    Whoever writes the values of the next experiment into params.yaml while this one runs would
+    else find the figures of the old ones under the new.
+    """
+    (old, times), (new, now) = before, _to_be_recorded(root, reads)
+    names = sorted(old.keys() | new.keys())
+    wrong = [f"{key} in params.yaml" for key in names if old.get(key) != new.get(key)]
+    if now != times:
+        # Links to a file change its time, too.
+        found = _digests(reads)
+        wrong += [key for key in sorted(found.keys() | hashes) if found.get(key) != hashes.get(key)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{wrong[0]}{more} changed while the stage ran, and DVC would record its result as one "
+            "of the new; undo the change and run the same command again to have the result, or "
+            "run it as it is to compute the new one"
+        )
 
 
 def _identity(here: Stage, words: tuple[str, ...], params: BaseModel, state: str) -> str:
@@ -393,6 +440,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
         helpers.worker_count()
         # What the stage reads is then what its identity is made of.
         with alone("-".join((word, *arguments)), base):
+            # As it is after the wait.
+            params = load(root / "params.yaml")
             if processes.is_main():
                 _look_after(base, root, (word, *arguments))
             with memory.uncollected(), progress.task("loads its libraries"):

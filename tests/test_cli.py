@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -147,6 +149,47 @@ def test_a_full_disk_is_one_line_and_exit_code_2(error, monkeypatch, main):
     assert_one_line(err, "no space left")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU"), "2.00 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "batch or crop"),
+        (ImportError("torch.so: failed to map segment", name="torch._C"), "cannot be loaded"),
+        (OSError("libcublas.so.12: cannot open shared object file"), "libcublas.so.12"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_and_exit_code_2(error, words, monkeypatch, main):
+    """It is no fault of isim's, that should be reported."""
+    raise_in_results(monkeypatch, error)
+    code, _, err = main("results")
+    assert code == 2 and "report it" not in err
+    assert_one_line(err, words)
+
+
+def test_a_path_that_the_system_refuses_is_one_line_and_exit_code_2(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    for arguments in (("n" * 300, "--out", "o"), ("a.png", "--out", "n" * 300)):
+        code, _, err = main("predict", *arguments, "--model", "m")
+        assert code == 2
+        assert_one_line(err, "File name too long", "name another path")
+
+
+def test_below_a_project_an_error_comes_with_its_place(main, project, monkeypatch):
+    (project / "dvc.yaml").write_text("stages: {}")
+    (project / "reports/x").mkdir(parents=True)
+    monkeypatch.chdir(project / "reports/x")
+    for command in (["plan"], ["results"], ["export", "coco", "a.json"]):
+        code, _, err = main(*command)
+        note, error, rest = err.split("\n")
+        assert code == 2 and error.startswith("isim: error: ") and rest == ""
+        assert note.startswith("isim: note: the project ") and "run isim there" in note
+    monkeypatch.chdir(project)
+    assert_one_line(main("results")[2])
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch, main, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -169,7 +212,9 @@ def test_what_an_end_brings_about_does_not_hide_it(error, monkeypatch, main):
     assert main("results") == (143, "", "")
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_signals_unwind_the_command(number, expected, tmp_path):
     """Context managers run, no traceback is shown and the exit code names the signal."""
     code = (
@@ -197,6 +242,38 @@ def test_signals_unwind_the_command(number, expected, tmp_path):
     assert process.returncode == expected
     assert (tmp_path / "unwound").exists()
     assert "Traceback" not in err
+
+
+def test_ctrl_c_in_the_first_second_shows_no_traceback(monkeypatch):
+    class Imported:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "isim.cli", Imported())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("isim", run_name="__main__")
+    assert stop.value.code == 130
+
+
+def test_streams_that_are_closed_take_what_is_printed(tmp_path):
+    """Elsewhere it would come into the file that is opened next, or end the command."""
+    code = (
+        "import os, pathlib, signal, subprocess, sys\n"
+        "from isim import cli\n"
+        "def app():\n"
+        "    database = open('database', 'w+')\n"
+        "    print('told'), print('told', file=sys.stderr), sys.stderr.flush()\n"
+        "    subprocess.run(['sh', '-c', 'echo told; echo told >&2; cat'], check=True)\n"
+        "    os.write(1, b'told'), os.write(2, b'told')\n"
+        "    pathlib.Path('ended').write_text(repr(signal.getsignal(signal.SIGHUP)))\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    shell = 'trap "" HUP; exec "$0" -c "$1" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=tmp_path, check=True)
+    # As nohup has set it.
+    assert "SIG_IGN" in (tmp_path / "ended").read_text()
+    assert (tmp_path / "database").read_text() == ""
 
 
 def test_a_tracking_server_that_is_not_there_stops_a_stage_before_it_writes(project):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import isim.stages as stage_modules
 from isim import cli
@@ -226,3 +227,22 @@ def test_a_stream_hides_secrets_whoever_writes():
         traceback.print_exc(file=stream)
     text = stream.buffer.getvalue().decode()
     assert "hidd3n" not in text and text.count("http://***@host/x") == 3
+
+
+def test_a_stream_writes_no_control_characters_but_line_ends_and_tabs():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
+    hide_secrets(stream)
+    print("a\x1b[31m\u202eb\x07\tc\r", file=stream)
+    stream.seek(0)
+    assert stream.read() == "a\\x1b[31m\\u202eb\\x07\tc\r\n"
+
+
+def test_a_bar_may_go_up_to_those_above_it():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
+    hide_secrets(stream)
+    upper, lower = (tqdm(total=2, file=stream, disable=False) for _ in range(2))
+    lower.close()
+    upper.close()
+    stream.seek(0)
+    shown = stream.read()
+    assert "\x1b[A" in shown and "\\x1b" not in shown

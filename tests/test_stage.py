@@ -262,6 +262,54 @@ def test_what_dvc_has_not_recorded_is_published_again(make, dvc, tmp_path):
     assert make.ran == ["new", "new"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("evaluate: {steps: 2}\nreport: 0", r"evaluate\.steps in params\.yaml changed while"),
+        ("report: 0", r"evaluate\.steps in params\.yaml changed while"),
+        (None, r"labels changed while"),
+        ("evaluate: {steps: 1}\nreport: 1", ""),
+    ],
+)
+@pytest.mark.parametrize("by_dvc", [True, False])
+def test_dvc_records_nothing_that_the_stage_has_not_read(
+    opened, dvc, tmp_path, monkeypatch, changed, words, by_dvc
+):
+    """It looks at parameters and inputs when the stage has ended, maybe hours later."""
+    if not by_dvc:
+        monkeypatch.delenv("DVC_STAGE")
+    params, labels, out = tmp_path / "params.yaml", tmp_path / "labels", tmp_path / "out"
+    (tmp_path / "dvc.yaml").write_text("stages: {evaluate: {params: [evaluate.steps]}}")
+    before = "evaluate: {steps: 1}\nreport: 0"
+    ran = []
+
+    def run(*edits):
+        with opened(reads={"labels": labels}) as here:
+            ran.append(here.resume)
+            here.publish({"out": "out"})
+            (here.resume / "out").write_text("figures")
+            # As publishing of another stage does.
+            os.link(labels, tmp_path / f"link{len(ran)}")
+            for path, text in edits:
+                path.write_text(text)
+
+    params.write_text(before)
+    labels.write_text("old")
+    edit = (labels, "new") if changed is None else (params, changed)
+    if words and by_dvc:
+        with pytest.raises(UserError, match=words) as told:
+            run(edit)
+        assert len(str(told.value)) < 300 and not out.exists()
+        # Nothing is lost.
+        params.write_text(before)
+        labels.write_text("old")
+        run()
+        assert ran[0] == ran[1]
+    else:
+        run(edit)
+    assert out.read_text() == "figures"
+
+
 def test_equal_outs_of_an_earlier_record_are_no_record_of_this_run(make, dvc, tmp_path):
     """Other code or parameters gave the same files."""
     make()

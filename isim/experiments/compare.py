@@ -46,6 +46,8 @@ def table(
     for an unknown revision, and where there is no run at all.
     """
     found, note = runs.read_all(root) if not revisions else (_named(root, revisions), None)
+    if revisions and (empty := [run.name for run in found if not run.lock]):
+        note = f"without results, for there is no dvc.lock with any: {', '.join(empty)}"
     if not found:
         raise UserError(f"{root} has no run to compare: no dvc.lock; run `dvc repro` first")
     minutes = runs.cached(root)

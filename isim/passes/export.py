@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from isim import errors
 from isim.data import files, prepared
 from isim.data.formats import labelled
-from isim.data.formats.coco import write_coco
+from isim.data.formats.coco import DESCRIPTION, write_coco
 from isim.data.formats.labelled import LabelledSet
 from isim.data.formats.labelstudio import LOCAL, write_labelstudio
 from isim.data.formats.overlay import write_overlays
@@ -26,6 +27,10 @@ TAKES = {
     "overlay": set[str](),
     "onnx": {"model"},
 }
+
+
+# Suffixes of the formats that are a file.
+_SUFFIXES = {"coco": ".json", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
         raise UserError(
             f"{form} is a file; name one, such as {dest}.{form.replace('coco', 'json')}"
         )
+    _require_own(form, dest)
     if not is_file and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists and is no empty folder; name another or empty it")
     if form == "onnx":
@@ -66,6 +72,19 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
     # Formats that bring the images along.
     anew = labelled.written_anew(data) if "copy" in TAKES[form] else ""
     return f"{told}; {anew}" if anew else told
+
+
+def _require_own(form: str, dest: Path) -> None:
+    """Check that a file that is there is an earlier export: another one would be lost."""
+    suffix = _SUFFIXES.get(form)
+    if suffix is None or not dest.exists():
+        return
+    own = dest.is_file() and dest.suffix.lower() == suffix
+    if own and form == "coco":
+        with errors.opened(dest) as stream:
+            own = DESCRIPTION.encode() in stream.read(200)
+    if not own:
+        raise UserError(f"{dest} is there and was not written by this command; name another file")
 
 
 def _shown(root: Path) -> tuple[float, float] | None:

@@ -59,6 +59,8 @@ def run(paths: Sequence[Path], out: Path, options: Options, root: Path) -> int:
     """
     if options.by_cam and options.tags is None:
         raise UserError("--cam needs --tags FILE: a CAM is that of a tag")
+    if options.threshold is not None and not options.by_cam:
+        raise UserError("--threshold is of --cam: a segmenter has none; leave it out")
     if options.by_cam and not options.crf and (options.min_confidence or options.probabilities):
         raise UserError("CAMs are no probabilities; add --crf, whose result has them")
     params = _parameters(root)
@@ -104,7 +106,7 @@ def _images(paths: Sequence[Path], out: Path) -> dict[str, Path]:
         else:
             raise UserError(f"{path} does not exist; name image files or folders of them")
         for id_, image in given.items():
-            if (other := found.setdefault(id_, image)) != image:
+            if (other := found.setdefault(id_, image)).resolve() != image.resolve():
                 raise UserError(f"{other} and {image} would have one mask; rename one of them")
     if not found:
         raise UserError(f"no images in {', '.join(map(str, paths))}; name files or other folders")
@@ -119,6 +121,8 @@ def _require_apart(images: Mapping[str, Path], out: Path, folders: Sequence[Path
     """
     place, given = out.resolve(), [folder.resolve() for folder in folders]
     beside = {path.parent.resolve() for path in images.values()}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     own = (out / "classes.json").exists() or not any(map(place.is_relative_to, given))
     if (
         any(folder.is_relative_to(place) for folder in given)
@@ -161,13 +165,21 @@ def _known(
         if problem.error:
             raise UserError(problem.what)
     tags: dict[str, set[str]] = {}
-    names, nothing = Names(Listing(images, {})), 0
+    names, nothing, unmatched = Names(Listing(images, {})), 0, 0
+    written: dict[str, str] = {}
     for row in given.rows:
         ids = names.find(row.image) or names.find(row.otherwise)
         if len(ids) > 1:
             raise UserError(
                 f"{row.where}: {row.image} is the name of several images; write its folder"
             )
+        unmatched += not ids
+        for id_ in ids:
+            if not listing.may_be_one(other := written.setdefault(id_, row.image), row.image):
+                raise UserError(
+                    f"{row.where}: {other} and {row.image} would both be image {id_}; take the "
+                    "rows of other images out"
+                )
         for id_ in ids if row.labels is not None else ():
             said = [name.lower() for name in row.labels or () if name not in classes]
             # As in the data that were learnt from.
@@ -187,6 +199,8 @@ def _known(
     if nothing:
         told = f"`{NONE_NAME}`, none of the classes, in {nothing} rows of {path}"
         print(f"isim: {told}", file=sys.stderr)
+    if unmatched:
+        print(f"isim: {unmatched} rows of {path} are of no image given", file=sys.stderr)
     without = len(images) - len(found)
     if without:
         print(f"isim: {without} of {len(images)} images have no row in {path}", file=sys.stderr)

@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 from isim.data.files import image_size
 from isim.data.sources import readers
 from isim.data.sources.source import Source
-from isim.errors import UserError
+from isim.errors import UserError, cut, one_line
 from isim.experiments import cells, overlay, preset
 from isim.params import Params, Prepare, flatten, validate
 from isim.project.growth import FEW_IMAGES
@@ -34,6 +34,8 @@ EPOCHS = (10, 100)
 MASKS = ("masks", "SegmentationClass")
 # Images whose sizes are looked at.
 SAMPLE = 200
+# Dots in the name of a parameter.
+_DEEPEST = 9
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def make(wishes: Wishes, folder: Path) -> Chosen:
         params = _merged(tree, [*choices, *given])
         source = look(params.prepare, folder)
     if wishes.images is not None:
+        _require_labelled(source)
         choices += _splits(source)
     sizes = _sizes(source)
     choices += _networks(wishes, params, sizes, folder)
@@ -172,6 +175,17 @@ def _labels_beside(source: Source, root: Path) -> list[Choice]:
 
 def _below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _require_labelled(source: Source) -> None:
+    """Check that there are images to learn from. Raises UserError with the reason why not."""
+    if source.splits.get("train") or source.splits.get("val"):
+        return
+    found = [problem for problem in source.problems if problem.error]
+    # That there are no classes follows from the others.
+    told = [problem.what for problem in found if problem.kind != "number of classes"]
+    why = one_line(told[0], 200) if told else "the label file names none of them"
+    raise UserError(f"no image has labels that can be used, of {len(source.entries)}: {why}")
 
 
 def _splits(source: Source) -> list[Choice]:
@@ -327,7 +341,7 @@ def _setting(text: str) -> Choice:
     # Also values that ruamel finds no number, or no date, in.
     except (YAMLError, ValueError, RecursionError):
         equals = ""
-    if not equals or not name:
+    if not equals or not name or name.count(".") > _DEEPEST:
         raise UserError(f"{text}: write NAME=VALUE, such as train_cam.seed=1")
     return Choice(name, parsed, "given")
 
@@ -346,7 +360,9 @@ def _sizes(source: Source) -> list[tuple[int, int]]:
 
 def _found(params: Prepare, source: Source, sizes: Sequence[tuple[int, int]]) -> list[str]:
     entries = source.entries.values()
-    classes = ", ".join(source.classes[:8]) + (", ..." if len(source.classes) > 8 else "")
+    classes = ", ".join(cut(name, 40) for name in source.classes[:8]) + (
+        ", ..." if len(source.classes) > 8 else ""
+    )
     counts = ", ".join(f"{len(ids)} {name}" for name, ids in source.splits.items())
     none = sum(entry.labels == () for entry in entries)
     unknown = sum(entry.labels is None for entry in entries)

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 from filelock import FileLock
 from pydantic import BaseModel
 
-from isim.errors import UserError, cut, without_secrets
+from isim.errors import UserError, cut, printable, without_secrets
 from isim.params import read_yaml
 from isim.reporting import about, execution
 from isim.reporting.execution import Execution, Key
@@ -38,6 +38,8 @@ EXPERIMENT = "isim"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 # Limits of one log_batch request.
 MAX_PARAMS, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 100, 6000, 7900
+# Seconds to wait for another process that writes to the database.
+_PATIENCE = 30
 # Characters of an error's first line that are looked at.
 _MOST_READ = 1 << 14
 # Tags that the run of pictures has from its execution.
@@ -144,7 +146,8 @@ def _reached(uri: str) -> Iterator["MlflowClient"]:
         raise
     # Drivers, HTTP, SQL: each back end has its own exceptions, the user one remedy.
     except Exception as error:
-        remedy = "start or mend it, or unset MLFLOW_TRACKING_URI to track in mlflow.db"
+        own = "start or mend it, or unset MLFLOW_TRACKING_URI to track in mlflow.db"
+        remedy = _remedy_of(error) or own
         if (code := _http_status(error)) in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of it"
         told = f"HTTP {code}" if code in (401, 403) else reason(error)
@@ -211,18 +214,31 @@ def create_database(uri: str) -> None:
                 upgrade.main([database_uri(temporary)], standalone_mode=False)
     try:
         # MLflow retries to open a broken file for minutes.
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.Error as error:
-        raise UserError(
-            f"cannot use the tracking database {path}: {error}; move it away or restore it"
-        ) from error
+        remedy = _remedy_of(error) or "move it away or restore it"
+        raise UserError(f"cannot use the tracking database {path}: {error}; {remedy}") from error
+
+
+def _remedy_of(error: BaseException) -> str:
+    """Tell what mends a database that is whole, but not to be had now; empty for other faults."""
+    told = str(error)
+    if "database is locked" in told:
+        return "another process holds it: wait until that has ended, and run the same command again"
+    if "disk is full" in told:
+        return "free space and run the same command again"
+    if "readonly database" in told:
+        return "fix the permissions of the file and its folder, and run the same command again"
+    return ""
 
 
 def reason(error: BaseException) -> str:
     """Return the first line of an error, of nested HTTP errors the innermost; without secrets."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # SQLAlchemy's hint on its own use, before what went wrong.
+    first = lines[1 if lines[0].startswith("(raised as a result of") and len(lines) > 1 else 0]
     # A server may answer with a megabyte, and a few words are shown.
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = without_secrets(cut(first, _MOST_READ))
     # requests wraps the cause three times.
     cause = re.search(r"""Caused by \w+\(["'](.*)["']\)\)""", text)
@@ -365,7 +381,7 @@ def _move_artifacts(uri: str, root: Path, before: str, now: str) -> None:
         "model_versions": ("source", "storage_location"),
     }
     # MLflow has no call for it, and keeps absolute addresses in these columns.
-    with contextlib.closing(sqlite3.connect(path, timeout=30)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection, connection:
         for table, columns in places.items():
             for column in columns:
                 connection.execute(
@@ -373,8 +389,9 @@ def _move_artifacts(uri: str, root: Path, before: str, now: str) -> None:
                     f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                     (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
                 )
+    place = printable(str(path.parent / "mlartifacts"))
     logging.getLogger(__name__).warning(
-        f"the project was moved: MLflow's artifacts are those of {path.parent / 'mlartifacts'} now"
+        f"the project was moved: MLflow's artifacts are those of {place} now"
     )
 
 

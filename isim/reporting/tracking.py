@@ -277,7 +277,8 @@ class Run:
         """
         from mlflow.exceptions import MlflowException
 
-        relative = path.resolve().relative_to(self._root.resolve()).as_posix()
+        # As the project names it: `models` may be a link to another disk.
+        relative = path.absolute().relative_to(self._root.absolute()).as_posix()
         self._attach(path, "model")
         pipeline, names = self._opened.pipeline, about.classes(self._root)
         what = f"{about.name(pipeline.params)}, trained by isim {about.release()}"

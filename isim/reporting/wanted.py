@@ -7,7 +7,7 @@ from typing import Any
 
 from isim.data import prepared
 from isim.data.prepared import Item
-from isim.errors import UserError
+from isim.errors import UserError, cut
 from isim.params import Prepare, load
 from isim.reporting.page import content
 from isim.runtime import atomic
@@ -60,6 +60,9 @@ def write(root: Path, count: int, split: str | None) -> str:
         raise UserError(f"cannot read {path}: it does not exist; run `isim report` first")
     images = content.rows(path)
     if split is not None:
+        known_splits = sorted({name for row in images for name in row["splits"].split(";")})
+        if split not in known_splits:
+            raise UserError(f"no split '{cut(split, 60)}'; use one of {', '.join(known_splits)}")
         images = [row for row in images if split in row["splits"].split(";")]
     rows = choose(images, count)
     if not rows:

@@ -22,6 +22,8 @@ from isim.errors import UserError
 # What spreadsheets take for the beginning of a formula. Apostrophes before it belong to it: a text
 # that has some gets one more, and so comes back as it was.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+# What an error says that no space or permission mends.
+_AWAY = "; move it away"
 
 
 @contextlib.contextmanager
@@ -83,7 +85,7 @@ def require_folder(path: Path) -> None:
     """Check that a folder may come to `path`. Raises OSError for a link or a file there."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
         what = "a link" if path.is_symlink() else "a file"
-        raise NotADirectoryError(errno.ENOTDIR, f"it is {what}, no folder; move it away")
+        raise NotADirectoryError(errno.ENOTDIR, f"it is {what}, no folder{_AWAY}")
 
 
 def sync_one(path: Path) -> None:
@@ -129,10 +131,15 @@ def unwritable(path: Path, error: OSError) -> UserError:
         return UserError(
             f"cannot write {path}: it is a folder; choose the name of a file, or move it away"
         )
-    return UserError(
-        f"cannot write {path}: {error.strerror or error}; free space or fix the permissions of "
-        f"{path.parent} and run the same command again"
+    told, remedy = (
+        str(error.strerror or error),
+        f"free space or fix the permissions of {path.parent}",
     )
+    if error.errno == errno.EBUSY:
+        remedy = f"a disk may be mounted there: mount it at {path.parent}, or elsewhere,"
+    elif told.endswith(_AWAY):
+        told, remedy = told.removesuffix(_AWAY), _AWAY.removeprefix("; ")
+    return UserError(f"cannot write {path}: {told}; {remedy} and run the same command again")
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""End of the program by Ctrl-C or SIGTERM: within seconds, whatever its threads wait for.
+"""End of the program by Ctrl-C, SIGTERM, SIGHUP: within seconds, whatever its threads wait for.
 
 A read from a dead mount or a pipe that nobody writes to never returns, and Python waits for its
 threads at the end; in the main thread such a read keeps a signal's handler from being called. One
@@ -13,6 +13,7 @@ import time
 
 # Seconds for what is open to be closed: MLflow is told, helpers are stopped.
 GRACE = 5.0
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _begun = threading.Event()
 _grace = GRACE
@@ -21,7 +22,7 @@ _hook = sys.unraisablehook
 
 
 def watch_signals() -> None:
-    """Watch for Ctrl-C and SIGTERM from now on; called once, in the main thread.
+    """Watch for Ctrl-C, SIGTERM and SIGHUP from now on; called once, in the main thread.
 
     Handlers that are set, whenever, are called as ever; a signal that is ignored stays so.
     """
@@ -57,12 +58,12 @@ def begun() -> bool:
 
 def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
     """Send a signal once more if Python dropped what its handler raised: in a destructor."""
-    error = dropped.exc_value
+    error, number = dropped.exc_value, 0
     if isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
-    elif isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
-        number = signal.SIGTERM
-    else:
+    elif isinstance(error, SystemExit) and isinstance(error.code, int):
+        number = error.code - 128
+    if number not in _ENDS:
         _hook(dropped)
         return
     # Once the destructor has ended, which this must not be part of.
@@ -73,7 +74,7 @@ def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
 
 def _wait(reader: int) -> None:
     number = 0
-    while number not in (signal.SIGINT, signal.SIGTERM):
+    while number not in _ENDS:
         told = os.read(reader, 1)
         if not told:
             os.close(reader)

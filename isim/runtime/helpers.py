@@ -82,7 +82,7 @@ def in_threads(
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block ends: around what forks processes.
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until the block ends: around what forks processes.
 
     Python drops what a signal's handler raises within the hooks of a fork, and the run would go
     on. Processes forked inside have handlers that do nothing; `start_loader` gives them others.
@@ -93,7 +93,9 @@ def signals_held() -> Iterator[None]:
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # Under nohup the terminal's end stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield
@@ -105,11 +107,12 @@ def signals_held() -> Iterator[None]:
 
 
 def start_loader(_: int) -> None:
-    """Prepare a forked loader process: Ctrl-C is the parent's to handle, SIGTERM ends it.
+    """Prepare a forked loader process: its parent handles the terminal's signals, SIGTERM ends it.
 
     It is killed when its parent is gone, also in a read that never returns.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     processes.end_with_parent(signal.SIGKILL)

@@ -63,6 +63,9 @@ def launch(torchrun: Sequence[str], command: Sequence[str]) -> NoReturn:
         raise UserError(f"ISIM_TORCHRUN: {arguments.training_script} is no option; take it out")
     if (number := str(arguments.nproc_per_node)).isdecimal() and int(number) > _MOST:
         raise UserError(f"ISIM_TORCHRUN: {number} processes, more than {_MOST}; ask for fewer")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # As nohup has it; torchrun would end all when the terminal is closed.
+        arguments.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"
     # It waits for its processes, and does nothing else.
     ending.allow(3 * ending.GRACE)
     logging.disable(logging.CRITICAL)

@@ -187,7 +187,9 @@ def watched(name: str) -> Iterator[None]:
 
     def watch() -> None:
         while not end.wait(LOOK):
-            teller.look()
+            # What cannot be written (a log on a full disk) the main thread will tell.
+            with contextlib.suppress(OSError):
+                teller.look()
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()

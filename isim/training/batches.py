@@ -107,7 +107,14 @@ class CropBatches:
             # A loader process sends its whole traceback as the message: keep the last line.
             last = str(error.args[0]).strip().splitlines()[-1]
             raise UserError(last.removeprefix("isim.errors.UserError: ")) from error
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            if "No space left on device" in str(error):
+                # Nothing here writes to a disk.
+                raise UserError(
+                    "no shared memory is left for what the loaders read (/dev/shm); give the "
+                    "container more, as docker run --shm-size 8g does, or set ISIM_WORKERS=0: "
+                    "finished epochs are kept"
+                ) from error
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(

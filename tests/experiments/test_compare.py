@@ -102,7 +102,9 @@ def test_revisions_and_experiments_of_a_repository_are_compared(make_repository)
     call("git", "commit", "--quiet", "--all", "--message", "without results")
     text, note = compare.table(folder, ("HEAD~1", "larger", "HEAD"))
     before, larger, nothing = (line.split() for line in text.splitlines()[1:4])
-    assert before == ["HEAD~1", *"---", "256", *"----", "4.3"] and note is None
+    assert before == ["HEAD~1", *"---", "256", *"----", "4.3"]
+    assert note == "without results, for there is no dvc.lock with any: HEAD"
+    assert compare.table(folder, ("HEAD~1", "larger"))[1] is None
     assert larger == ["larger", *"---", "600", *"----", "10.0"] and nothing == ["HEAD", *"-" * 9]
     for unknown in ("nowhere", "--all", "HEAD~99", "a\nb", "x" * 500, "a\0b"):
         with pytest.raises(UserError, match=r"\Ano .*revision") as told:

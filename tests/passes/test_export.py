@@ -59,12 +59,23 @@ def test_images_that_are_written_anew_are_told(form, tmp_path):
         ("voc", "voc", {"polygons": True}, "--polygons means nothing for voc"),
         ("onnx", "a.onnx", {"source": "last_round"}, "--from means nothing for onnx"),
         ("overlay", "o", {"source": "data/masks"}, "neither a folder"),
+        ("coco", "full/precious.txt", {"source": "last_round"}, "was not written by this command"),
+        ("coco", "full/own.json", {"source": "last_round"}, "was not written by this command"),
+        ("onnx", "full/precious.txt", {}, "was not written by this command; name another file"),
         ("onnx", "a.onnx", {"model": "no"}, "no is missing; run `isim train-segmenter`"),
     ],
 )
 def test_what_cannot_be_is_one_line(form, name, options, words, finished_project, tmp_path):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/precious.txt").write_text("keep")
+    kept = {"own.json", "precious.txt"}
+    for own in kept:
+        (tmp_path / "full" / own).write_text("keep")
     with pytest.raises(UserError, match=words):
         export.run(form, tmp_path / name, Options(**options), finished_project)
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "precious.txt"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"full", *kept}
+    assert {(tmp_path / "full" / own).read_text() for own in kept} == {"keep"}
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(finished_project, tmp_path):
+    first = export.run("coco", tmp_path / "all.json", LAST, finished_project)
+    assert export.run("coco", tmp_path / "all.json", LAST, finished_project) == first

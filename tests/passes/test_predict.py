@@ -87,16 +87,23 @@ def test_tags_leave_no_other_class(nothing, photos, models, tmp_path, capsys):
     tags.write_text(f"image,tags\na.png,cat\nb,{nothing}\n")
     for options in (
         {"model": models["frozen_segmenter"]},
-        {"model": models["frozen"], "by_cam": 1},
+        {"model": models["frozen"], "by_cam": 1, "threshold": 0.5},
     ):
-        given = {"tags": tags, "threshold": 0.5, "cleaned": False, **options}
+        given = {"tags": tags, "cleaned": False, **options}
         model = given.pop("model")
         assert run([photos], out, tmp_path, model, **given) == 0
         assert set(np.unique(files.read_label_map(out / "a.png"))) == {0, 2}
         assert not files.read_label_map(out / "trip/b.png").any(), "no tag: background"
-    tags.write_text("image,tags\na.png,cat\n")
+    tags.write_text("image,tags\na.png,cat\nz.png,lion\n")
     assert run([photos], out, tmp_path, models["frozen"], tags=tags, by_cam=True) == 1
-    assert "1 of 2 images have no row" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 2 images have no row" in told and f"1 rows of {tags} are of no image given" in told
+
+
+def test_one_file_by_two_paths_has_one_mask(photos, models, tmp_path):
+    paths = [photos, photos / "trip/../a.png"]
+    assert run(paths, tmp_path / "out", tmp_path, models["frozen_segmenter"]) == 0
+    assert names(tmp_path / "out") == ["a.png", "classes.json", "trip/b.png"]
 
 
 def test_what_is_not_sure_is_255(photos, models, tmp_path):
@@ -121,6 +128,13 @@ def test_what_is_not_sure_is_255(photos, models, tmp_path):
         (["photos"], {"by_cam": True, "tags": "t", "probabilities": True}, "add --crf"),
         (["photos"], {"tags": "wrong.csv"}, "no classes of the model, such as 'lion'"),
         (["photos", "other/a.png"], {}, "would have one mask"),
+        (["photos"], {"threshold": 0.5}, "--threshold is of --cam"),
+        (["photos"], {"out": "wrong.csv"}, "wrong.csv is a file; name a folder"),
+        (
+            ["photos"],
+            {"tags": "two.csv"},
+            "line 3: p/a and q/a would both be image a; take",
+        ),
         (["photos"], {"tags": "twice.csv"}, "twice.csv line 2: x is the name of several images"),
         (["other"], {"out": "other"}, "would lie beside images"),
         (["other/a.png"], {"out": "other"}, "would lie beside images"),
@@ -138,6 +152,7 @@ def test_wrong_usage_is_one_line(paths, options, words, photos, models, tmp_path
             place.mkdir(exist_ok=True)
             os.link(photos / "a.png", place / "x.png")
     (tmp_path / "twice.csv").write_text("image,tags\nx,cat\n")
+    (tmp_path / "two.csv").write_text("image,tags\np/a,cat\nq/a,cat\n")
     (tmp_path / "wrong.csv").write_text("image,tags\na,lion\n")
     given = {k: tmp_path / v if k in ("tags", "out") else v for k, v in options.items()}
     out = given.pop("out", tmp_path / "out")

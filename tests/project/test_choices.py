@@ -193,6 +193,7 @@ def test_thresholds_of_trained_cams_are_not_those_of_heads(photos, tmp_path):
         ({"settings": ["train_cam.seed"]}, "NAME=VALUE"),
         ({"settings": ["train_cam.sead=1"]}, "sead.*did you mean seed"),
         ({"settings": ["train_cam.seed=[1"]}, "NAME=VALUE"),
+        ({"settings": ["a." * 5000 + "b=1"]}, "NAME=VALUE"),
         ({"preset": "tony"}, "unknown preset tony"),
     ],
 )
@@ -252,3 +253,14 @@ def test_faults_of_the_lists_are_told_and_left_to_prepare(tmp_path):
     lines = make(tmp_path, photos).lines()
     assert "photo_03.jpg" in lines[1] and "1 problem" in lines[1] and "dvc repro" in lines[1]
     assert "8x8 to 96x96 pixels" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(["z.jpg,a"], "of 12: labels.csv line 2: z.jpg is missing"), ([], "names no image")],
+)
+def test_images_without_any_label_are_refused_with_the_reason(photos, tmp_path, rows, words):
+    shutil.copytree(photos[False], tmp_path / "own")
+    (tmp_path / "own/labels.csv").write_text("\n".join(["image,labels", *rows, ""]))
+    with pytest.raises(UserError, match=words):
+        make(tmp_path, tmp_path / "own")

@@ -1,9 +1,11 @@
 """Which runs a stage continues or begins, and stores that cannot be used."""
 
+import contextlib
 import http.server
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from isim.errors import UserError
 from isim.experiments import preset
 from isim.reporting import execution, store
 from isim.runtime.identity import md5
@@ -232,6 +235,42 @@ def test_any_name_of_a_folder_will_do(name, tmp_path, project_at):
     # Nothing beside it, as in a folder whose name ends at a question mark.
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert store.database_file(store.tracking_uri(root)) == root / "mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("told", "remedy"),
+    [
+        ("database is locked", "another process holds it: wait"),
+        ("database or disk is full", "free space"),
+        ("attempt to write a readonly database", "fix the permissions"),
+        ("file is not a database", ""),
+    ],
+)
+def test_a_whole_database_that_is_not_to_be_had_now_is_not_to_be_moved(
+    told, remedy, tracked, monkeypatch
+):
+    """A user who moved away one that is locked would lose sight of all runs."""
+    hint = "(raised as a result of Query-invoked autoflush; consider using a no_autoflush block)"
+    said = RuntimeError(f"{hint}\n(sqlite3.OperationalError) {told}\n[SQL: INSERT]")
+
+    def fail(*_arguments):
+        raise said
+
+    monkeypatch.setattr(store, "_experiment", fail)
+    with pytest.raises(UserError, match=f"{told}; {remedy or 'start or mend it'}"):
+        store.refresh(tracked.root)
+
+
+def test_a_locked_database_is_waited_for_and_not_to_be_moved(tracked, monkeypatch):
+    path = tracked.root / "mlflow.db"
+    with tracked.open():
+        pass
+    monkeypatch.setattr(store, "_PATIENCE", 0.1)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="locked; another process holds it: wait") as told:
+            store.create_database(store.database_uri(path))
+    assert "move it away" not in str(told.value)
 
 
 def test_a_database_is_made_in_a_folder_of_any_name(tmp_path):

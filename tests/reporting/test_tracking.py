@@ -118,6 +118,9 @@ def test_registered_weights_can_be_fetched(tracked, tmp_path, monkeypatch):
     """Each version has its own, whatever DVC puts in the place of the file."""
     from mlflow.artifacts import download_artifacts
 
+    # A folder of the project may lie on another disk.
+    (tmp_path / "disk").mkdir()
+    (tracked.root / "models").symlink_to(tmp_path / "disk")
     weights = tracked.root / "models/model.safetensors"
     (tracked.root / "data/prepared").mkdir(parents=True)
     (tracked.root / "data/prepared/dataset.json").write_text('{"classes": ["duck", "狐"]}')

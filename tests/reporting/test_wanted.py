@@ -56,8 +56,12 @@ def test_the_list_says_where_to_put_the_masks(project):
     assert second["id"] == "val_00002"
     wanted.write(project, 3, "val")
     assert [r["id"] for r in read_rows(project / wanted.OUT)] == ["val_00002"]
-    with pytest.raises(UserError, match="every image of split test that has tags has a mask"):
+    with pytest.raises(UserError, match="no split 'test'; use one of train, val"):
         wanted.write(project, 3, "test")
+    rows[1]["iou"] = "0.5"
+    atomic.write_csv(project / "reports/report/images.csv", rows)
+    with pytest.raises(UserError, match="every image of split val that has tags has a mask"):
+        wanted.write(project, 3, "val")
 
 
 def test_masks_of_a_folder_go_beside_its_images(project):

@@ -55,6 +55,21 @@ def test_a_folder_takes_the_place_of_folders_alone(stands, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("number", "told", "remedy"),
+    [
+        (errno.EROFS, "Read-only file system", "free space or fix the permissions of data"),
+        # A folder that is a mount point cannot be renamed.
+        (errno.EBUSY, "Device or resource busy", "a disk may be mounted there: mount it at data,"),
+        (errno.ENOTDIR, "it is a link, no folder; move it away", ""),
+    ],
+)
+def test_what_cannot_be_written_has_one_remedy(number, told, remedy):
+    message = str(atomic.unwritable(Path("data/cams"), OSError(number, told)))
+    assert message.startswith(f"cannot write data/cams: {told}") and message.count(";") == 1
+    assert remedy in message and message.endswith("and run the same command again")
+
+
+@pytest.mark.parametrize(
     ("error", "raised", "told"),
     [
         (KeyError("x"), KeyError, "x"),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import psutil
 import pytest
@@ -68,9 +69,15 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "where", ["blocked_thread", "blocked_main", "blocked_for_good", "blocked_loader"]
+    ("where", "number"),
+    [
+        *product(
+            ["blocked_thread", "blocked_main", "blocked_for_good", "blocked_loader"],
+            [signal.SIGTERM, signal.SIGINT],
+        ),
+        ("blocked_for_good", signal.SIGHUP),
+    ],
 )
 def test_a_read_that_never_returns_does_not_outlive_a_signal(where, number, tmp_path):
     os.mkfifo(tmp_path / "fifo")

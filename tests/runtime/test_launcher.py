@@ -1,5 +1,7 @@
 """The environment says how many processes a command has."""
 
+import signal
+
 import pytest
 
 from isim.errors import UserError
@@ -45,3 +47,17 @@ def test_settings_that_torchrun_would_take_are_bounded(monkeypatch, others, word
     monkeypatch.setenv("ISIM_TORCHRUN", others)
     with pytest.raises(UserError, match=f"ISIM_TORCHRUN: {words}"):
         launcher.launch(launcher.options(), ["export-cams"])
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_what_nohup_has_ignored_stays_so(monkeypatch, ignored):
+    """Torchrun would listen, and end hours of training when the terminal is closed."""
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    given = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr("torch.distributed.run.run", given.append)
+    monkeypatch.setattr(launcher.ending, "allow", lambda seconds: None)
+    monkeypatch.setattr(launcher.logging, "disable", lambda level: None)
+    with pytest.raises(SystemExit):
+        launcher.launch(["--standalone"], ["evaluate"])
+    assert ("SIGHUP" in given[0].signals_to_handle) != ignored

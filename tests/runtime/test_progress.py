@@ -1,5 +1,6 @@
 """Progress: a line every ten seconds at the latest, what it says, and what is recorded."""
 
+import errno
 import re
 import threading
 from itertools import pairwise
@@ -110,6 +111,24 @@ def test_a_stage_is_watched_from_another_thread(clock, capsys, monkeypatch):
         assert told.wait(30)
     assert threading.active_count() == len(threading.enumerate())
     assert "progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_watch(clock, capsys, monkeypatch):
+    """A log on a disk that is full for a minute gets the lines of later."""
+    told = threading.Event()
+
+    def write(line):
+        clock.now += 10
+        if clock.now < 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        told.set()
+
+    monkeypatch.setattr(progress, "LOOK", 0.001)
+    monkeypatch.setattr(progress._teller, "write", write)
+    with progress.watched("evaluate"):
+        clock.now += 10
+        assert told.wait(30)
+    assert capsys.readouterr().err == ""
 
 
 def test_loops_are_recorded_with_the_time_that_is_their_own(clock):

@@ -68,6 +68,26 @@ def test_a_broken_image_is_one_line_from_helpers_too(workers, make, items, tmp_p
         list(make(items=broken).crops.epoch(1))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("unable to write to file </torch_12_3>: No space left on device (28)"),
+    ],
+)
+def test_a_container_with_little_shared_memory_is_told(error, make, monkeypatch):
+    """It is not the disk that is full."""
+    monkeypatch.setenv("ISIM_WORKERS", "1")
+    crops = make().crops
+
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr(CropDataset, "__getitem__", fail)
+    with pytest.raises(UserError, match=r"\Ano shared memory is left .*--shm-size.*\Z"):
+        list(crops.epoch(1))
+
+
 def test_a_helper_that_dies_is_one_line(make, monkeypatch):
     monkeypatch.setenv("ISIM_WORKERS", "1")
     crops = make().crops

@@ -25,8 +25,13 @@ def names(path: Path) -> tuple[tuple[str, ...], str]:
         text = errors.contents(path, _MOST_BYTES)
         _refuse_dtd(path, text)
         root = ElementTree.fromstring(text)
+        # Another form, whose objects are not found, would tell that there is none.
+        if root.tag != "annotation":
+            raise ValueError(f"its root is <{root.tag[:40]}>, not <annotation>")
         # The objects' own names; those of their parts are below them.
         labels = {(node.findtext("name") or "").strip() for node in root.iter("object")}
+        if "" in labels:
+            raise ValueError("an object has no name")
         return tuple(sorted(labels)), (root.findtext("filename") or "").strip()
 
 

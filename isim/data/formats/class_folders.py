@@ -42,20 +42,24 @@ def read(ids: Iterable[str]) -> Tags:
     if by_split:
         notes.append(f"the folders {', '.join(sorted(firsts))} are splits")
     named = sorted(name for name in firsts if name.lower() in SPLITS)
-    if not by_split and len({SPLITS[name.lower()] for name in named}) > 1:
+    # A vehicle may be the class `train`, but then its images lie in its folder.
+    above = {folders[0] for _, folders in paths if len(folders) > 1 and folders[0] in named}
+    if not by_split and (len({SPLITS[name.lower()] for name in named}) > 1 or above):
         others = sorted(firsts.difference(named))
+        are = "folders {} are splits" if len(named) > 1 else "folder {} is a split"
         what = (
-            f"the folders {', '.join(named)} are splits only if there are no others, such as "
+            f"the {are.format(', '.join(named))} only if there are no others, such as "
             f"{others[0]}; move the others elsewhere, or name a label file in prepare.labels"
         )
         problems.append(Problem("splits beside other folders", what, others[0]))
-    negatives = 0
+    negatives, deeper = 0, []
     for name, folders in paths:
         split = SPLITS[folders[0].lower()] if by_split and folders else ""
         classes = folders[1:] if by_split else folders
         if not classes:
             continue
         label = classes[0]
+        deeper += ["/".join(folders)] if len(classes) > 1 else []
         if label.lower() == BACKGROUND_NAME:
             what = (
                 f"folder {'/'.join(folders)}: `{label}` is no class; call it `{NONE_NAME}` if its "
@@ -66,6 +70,12 @@ def read(ids: Iterable[str]) -> Tags:
         none = label.lower() == NONE_NAME
         negatives += none
         rows.append(Tagged(name, () if none else (label,), f"folder {label}", split))
+    if deeper and not problems:
+        what = (
+            f"{len(deeper)} images lie in further folders, such as {deeper[0]}: their class is the "
+            "first folder; if it is the last one, move those folders up"
+        )
+        problems.append(Problem("folders in those of classes", what, deeper[0], error=False))
     if negatives:
         notes.append(f"folder {NONE_NAME}: {negatives} images that show none of the classes")
     return Tags(tuple(rows), tuple(problems), tuple(notes))

@@ -12,6 +12,9 @@ from isim.data.formats.labelled import Labelled, LabelledSet
 from isim.data.formats.regions import Instances, Region, edge_polygons, regions
 from isim.runtime import atomic
 
+# Stands in each file that is written here, which is known by it.
+DESCRIPTION = "label maps of isim"
+
 
 def write_coco(
     data: LabelledSet, path: Path, *, polygons: bool = False, instances: Instances = "parts"
@@ -33,7 +36,7 @@ def write_coco(
             own = {"id": len(annotations) + 1, "image_id": number}
             annotations.append(own | annotation)
     categories = [{"id": k, "name": name} for k, name in enumerate(data.names)][1:]
-    info = {"description": "label maps of isim"}
+    info = {"description": DESCRIPTION}
     whole = {"info": info, "images": images, "categories": categories, "annotations": annotations}
     atomic.write_text(path, json.dumps(whole))
     return len(annotations)

@@ -1,9 +1,11 @@
 """COCO's instances: a JSON file of images, categories and annotated objects."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from isim.errors import UserError
 from isim.metrics import IGNORE
 
 Annotation = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Instances:
             found = {self.names[one["category_id"]] for one in self.objects.get(number, ())}
             where = f"{self.path.name}, {name}"
             rows.append(Tagged(name, tagged.distinct(found), where, objects=True))
-        return Tags(tuple(rows))
+        used = {name for row in rows for name in row.labels or ()}
+        unused = [name for name in self.classes if name not in used]
+        note = f"{self.path.name}: {len(unused)} categories without an object are no classes"
+        return Tags(tuple(rows), notes=(f"{note}, such as {unused[0]}",) if unused else ())
 
     def outlined(self, number: int) -> bool:
         """Tell whether every object of an image has an outline; an image without any has none."""
@@ -100,10 +106,9 @@ def read(path: Path, content: object = None) -> Instances:
     if not is_instances(given):
         raise UserError(f"{path} is no instances file of COCO: it has no list of images")
     try:
-        names = {int(one["id"]): str(one["name"]).strip() for one in given.get("categories", ())}
-        images = {
-            int(one["id"]): (_posix(one["file_name"]), *_size(one)) for one in given["images"]
-        }
+        names = _numbered("categories", given.get("categories", ()), _category)
+        images = _numbered("images", given["images"], _image)
+        _require_once("file_name", [name for name, _, _ in images.values()])
         objects: dict[int, list[Annotation]] = {}
         for one in given.get("annotations", ()):
             if one["category_id"] not in names or one["image_id"] not in images:
@@ -114,6 +119,30 @@ def read(path: Path, content: object = None) -> Instances:
             f"{path} is no usable instances file of COCO ({errors.reason(error)}); mend it"
         ) from error
     return Instances(path, tuple(names.values()), images, objects, names)
+
+
+def _numbered(what: str, given: Sequence[Any], make: Callable[[Any], T]) -> dict[int, T]:
+    """Make the values of entries by their ids. ValueError for an id that is there twice."""
+    _require_once(f"id of the {what}", [int(one["id"]) for one in given])
+    return {int(one["id"]): make(one) for one in given}
+
+
+def _require_once(what: str, values: Sequence[object]) -> None:
+    # The last of equal ones would take the place of the others without a word.
+    value, count = next(iter(Counter(values).most_common(1)), (None, 1))
+    if count > 1:
+        raise ValueError(f"{what} {value} is there {count} times")
+
+
+def _category(one: Mapping[str, Any]) -> str:
+    name = one["name"]
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ValueError(f"category {one['id']} has no name")
+    return tagged.class_name(str(name))
+
+
+def _image(one: Mapping[str, Any]) -> tuple[str, int, int]:
+    return _posix(one["file_name"]), *_size(one)
 
 
 def class_ids(classes: Sequence[str]) -> dict[str, int]:
@@ -131,12 +160,33 @@ def _require_inside(outline: Any, height: int, width: int) -> None:  # noqa: ANN
     if isinstance(outline, Mapping):
         if [*outline["size"]] != [height, width]:
             raise ValueError(f"it is of {outline['size']} pixels, the image {[height, width]}")
+        if (told := sum(_runs(outline["counts"]))) != height * width:
+            # pycocotools leaves the rest as it finds the memory.
+            raise ValueError(f"its runs are of {told} pixels, not of {height * width}")
         return
     for polygon in outline:
         points = np.asarray(polygon, np.float64)
         # NaN is in no range.
         if points.ndim != 1 or not (np.abs(points) <= 2 * max(height, width)).all():
             raise ValueError("a corner lies far outside of the image")
+
+
+def _runs(counts: Any) -> list[int]:  # noqa: ANN401 - of JSON
+    """Lengths of the runs of an outline; ValueError, or LookupError, for what is none."""
+    if isinstance(counts, list):
+        return [operator.index(count) for count in counts]
+    found: list[int] = []
+    value = shift = 0
+    for char in counts.encode("ascii"):
+        # Five bits a character, and from the fourth run on the difference to the one before last.
+        value |= (char - 48 & 31) << shift
+        shift += 5
+        if char - 48 & 32:
+            continue
+        value -= 1 << shift if char - 48 & 16 else 0
+        found.append(value + (found[-2] if len(found) > 2 else 0))
+        value = shift = 0
+    return found
 
 
 def _size(image: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Labels as JSON: an object a line, a list of objects, or a mapping of names to labels."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from isim import errors
 from isim.data.formats import tagged
 from isim.data.formats.tagged import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, Tagged, Tags
 from isim.data.problems import Problem
-from isim.errors import UserError
+from isim.errors import UserError, cut
 
 LINES = {".jsonl", ".ndjson"}
 # COCO's and LVIS's largest files have less.
@@ -19,15 +20,25 @@ _MOST_BYTES = 2 << 30
 def load(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     """Read a JSON file, or one of JSON lines as a list. Raises UserError when it is none."""
     number = 0
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            # Python takes the last of them without a word.
+            name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+            place = f" line {number}" if number else ""
+            raise UserError(f"{path}{place} has the key '{cut(name, 60)}' twice; write it once")
+        return found
+
     try:
         text = tagged.text_of(path, _MOST_BYTES)
         if path.suffix.lower() not in LINES:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=once)
         values = []
         for part in text.split("\n"):
             number += 1
             if part.strip():
-                values.append(json.loads(part))
+                values.append(json.loads(part, object_pairs_hook=once))
         return values
     except (OSError, ValueError, RecursionError) as error:
         place = f" line {number}" if number else ""
@@ -89,7 +100,8 @@ def _row(where: str, entry: object, problems: list[Problem], path: Path) -> Tagg
         refuse("must name an image, and its labels as a list of names")
         return None
     found = None if labels is None else tagged.distinct(map(str, labels))
-    told = "" if split is None else str(entry[keys[split]] or "")
+    given = None if split is None else entry[keys[split]]
+    told = "" if given is None else str(given)
     return Tagged(str(name), found, where, tagged.split_of(told, where, problems))
 
 

@@ -16,6 +16,7 @@ from isim import errors
 from isim.data import files, label_sets, prepared
 from isim.data.formats import listing
 from isim.errors import UserError
+from isim.metrics import IGNORE
 from isim.params import label_set_path
 from isim.runtime import atomic, progress
 
@@ -27,7 +28,7 @@ class Labelled:
     """An image with its label map.
 
     `id` is a relative path without suffix, `split` may be empty; `shown` is the range of an image
-    of more than 8 bits.
+    of more than 8 bits; `count` is the number of labels, 0..L-1, that have a name.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Labelled:
     path: Path
     split: str
     shown: Sequence[float] | None = None
+    count: int = IGNORE
 
     @cached_property
     def unusual(self) -> str:
@@ -46,13 +48,21 @@ class Labelled:
         return files.read_photograph(self.image, self.shown)
 
     def label(self) -> NDArray[np.uint8]:
-        """Read the (H, W) uint8 label map, 255 = ignore. UserError where sizes differ."""
+        """Read the (H, W) uint8 label map, 255 = ignore; of the image's size, labels 0..L-1.
+
+        Raises UserError for another one.
+        """
         label = files.read_label_map(self.path)
         size = files.image_size(self.image)
         if label.shape != size:
             raise UserError(
                 f"{self.path} is {label.shape[1]}x{label.shape[0]} pixels, {self.image} "
                 f"{size[1]}x{size[0]}; make the label maps again, or name the images they are of"
+            )
+        if (other := label[(label >= self.count) & (label != IGNORE)]).size:
+            raise UserError(
+                f"{self.path} holds label {other.max()}, classes.json names 0..{self.count - 1}; "
+                "make the label maps again, or name all classes there"
             )
         return label
 
@@ -154,7 +164,7 @@ def collect(
     if not stored:
         raise UserError(f"{folder} holds no label maps (*.png); run `isim masks` first")
     found = {
-        id_: Labelled(id_, path, stored[id_], split, shown)
+        id_: Labelled(id_, path, stored[id_], split, shown, len(names))
         for split, paths in splits.items()
         for id_, path in paths.items()
         if id_ in stored

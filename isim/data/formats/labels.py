@@ -19,6 +19,7 @@ FOLDERS = "a folder for each class"
 _USUAL = ("labels", "tags")
 _JSON = {".json", *json_files.LINES}
 _TABLES = tables.SUFFIXES - {".txt"}
+_XML = "[!.]*.[xX][mM][lL]"
 _XML_FOLDERS = ("Annotations", "annotations")
 
 
@@ -73,7 +74,7 @@ def of_file(path: Path) -> Read:
 
 
 def _folder(path: Path, images: Path, listing: Listing) -> Read:
-    paths = sorted(path.rglob("[!.]*.xml"))
+    paths = sorted(path.rglob(_XML))
     if paths:
         return Read(annotation.read(path, paths), None, f"annotations in {path.name}")
     if path.resolve() == images.resolve():
@@ -115,7 +116,7 @@ def _file_of(root: Path, images: Path, _: Listing) -> Read | None:
 def _annotations_of(root: Path, images: Path, listing: Listing) -> Read | None:
     """Annotations in a folder of their own, or beside the images."""
     for folder in _existing(root, _XML_FOLDERS):
-        if paths := sorted(folder.rglob("[!.]*.xml")):
+        if paths := sorted(folder.rglob(_XML)):
             return Read(annotation.read(folder, paths), None, f"annotations in {folder.name}")
     beside = [
         path

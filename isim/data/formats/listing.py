@@ -18,6 +18,8 @@ from isim.errors import UserError, reason
 _ASIDE = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
 # Characters of a name in a label file that is looked up: paths of files are shorter.
 _LONGEST = 4096
+# Unicode's categories of control characters, and of what ends lines and paragraphs.
+_CONTROLS = ("Cc", "Zl", "Zp")
 # Files that belong beside images.
 _BESIDE = {".csv", ".tsv", ".tab", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".yaml",
            ".yml", ".html", ".pdf", ".log", ".zip", ".py", ".ipynb", ".dvc"}  # fmt: skip
@@ -64,6 +66,10 @@ def images(folder: Path, aside: Collection[Path] = (), read: Collection[str] = (
             shown = name.encode(errors="replace").decode()
             what = f"the name of {shown} below {folder} is not UTF-8; rename it"
             problems.append(Problem("unusable name", what, shown))
+        elif any(unicodedata.category(char) in _CONTROLS for char in name):
+            # In a list of a name a line they would be two, and in a terminal anything.
+            what = f"the name of {name!r} below {folder} has control characters; rename it"
+            problems.append(Problem("unusable name", what, name))
         elif path.suffix.lower() not in wanted:
             others[name] = path
         else:
@@ -180,6 +186,18 @@ class Names:
         """Find the file of a name that is there in a format that is not read."""
         last = unicodedata.normalize("NFC", name.strip()).replace("\\", "/").rpartition("/")[2]
         return self._others.get(last.casefold())
+
+
+def may_be_one(name: str, other: str) -> bool:
+    """Tell whether two names can be one image's: with fewer folders, without suffix, in any case.
+
+    Where the folders of two names differ, one is mostly that of an image that is missing.
+    """
+    texts = (unicodedata.normalize("NFC", text).replace("\\", "/") for text in (name, other))
+    one, two = (_tails(_folded(text))[0].split("/") for text in texts)
+    last, shared = sorted((one.pop(), two.pop()), key=len), min(len(one), len(two))
+    same_folders = one[len(one) - shared :] == two[len(two) - shared :]
+    return same_folders and f"{last[1]}.".startswith(f"{last[0]}.")
 
 
 def _tails(text: str) -> list[str]:

@@ -64,7 +64,7 @@ def scheme(
         return ids.get(name, IGNORE)
 
     values = {
-        value: id_of(name, "mask_values of no class", "prepare.mask_values", "")
+        value: id_of(tagged.class_name(name), "mask_values of no class", "prepare.mask_values", "")
         for value, name in mask_values.items()
     }
     found = next((root / name for name in TABLES if (root / name).is_file()), None)
@@ -106,8 +106,13 @@ def _table(path: Path, faults: list[Problem]) -> dict[Color, tuple[str, int]]:
             )
             faults.append(Problem(_COLORS, what, str(path)))
             continue
-        name = (plain or coded)[1].strip()  # type: ignore[index]
-        found[color[0], color[1], color[2]] = (name, number)
+        name = tagged.class_name((plain or coded)[1])  # type: ignore[index]
+        first, earlier = found.setdefault((color[0], color[1], color[2]), (name, number))
+        if first != name:
+            what = (
+                f"{path} line {number}: '{name[:60]}' has the colour of line {earlier}; change one"
+            )
+            faults.append(Problem(_COLORS, what, str(path)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ _NO_CLASSES = {
     "segmented", "verified", "reviewed", "checked", "width", "height", "depth", "channels", "size",
     "area", "xmin", "ymin", "xmax", "ymax", "confidence", "score", "weight",
 }  # fmt: skip
+# A tuple or a set of Python, whose names are quoted.
+_QUOTED = r"""[({]\s*(?:(?:"[^"]*"|'[^']*')\s*,?\s*)+[)}]"""
 _UNUSED = "columns that are not used"
 # Line of the file and its cells.
 _Line = tuple[int, list[str]]
@@ -182,6 +185,7 @@ class _Table:
                 f"and 1, one a class; found: {','.join(self.header)[:80]}"
             )
         self._tell_unused({*places, *taken})
+        self._tell_marks(places)
         names = ", ".join(self.header[place] for place in places)
         self.notes.append(f"{self.path.name}: a column a class ({_short(names)})")
         rows = []
@@ -196,6 +200,22 @@ class _Table:
             chosen = [self.header[p] for p in places if row[p].strip().lower() in _YES]
             rows.append(self._tagged(line, row, tagged.distinct(chosen)))
         return self._tags(rows)
+
+    def _tell_marks(self, places: Sequence[int]) -> None:
+        """Tell of columns of one name, and of -1 beside 0, which may mean that it is not known."""
+        names = tagged.distinct(self.header[place] for place in places)
+        if len(names) < len(places):
+            once = [tagged.class_name(self.header[place]) for place in places]
+            twice = next(name for name in names if once.count(name) > 1)
+            what = f"{self.path.name} has {once.count(twice)} columns '{_short(twice)}'; rename one"
+            self.problems.append(Problem("columns of one name", what, str(self.path)))
+        cells = [row[p].strip() for _, row in self.lines for p in places if p < len(row)]
+        if (count := cells.count("-1")) and "0" in cells:
+            what = (
+                f"{self.path.name}: {count} cells are -1 beside 0; both are taken for no; where -1 "
+                "means that it is not known, take these images out of the table"
+            )
+            self.problems.append(Problem("cells of -1 beside 0", what, error=False))
 
     def _is_class(self, place: int) -> bool:
         """Tell whether at least half of a column's cells that are not empty are 0 or 1.
@@ -248,11 +268,18 @@ def _no_class(name: str) -> bool:
 def _names(cell: str, marks: Sequence[str]) -> list[str]:
     """Part the labels of a cell; Python's and JSON's lists are understood, too."""
     text = cell.strip()
-    if text.startswith("[") and text.endswith("]"):
+    if (text.startswith("[") and text.endswith("]")) or re.fullmatch(_QUOTED, text):
         return [name.strip().strip("'\"") for name in text[1:-1].split(",")]
     for mark in marks[1:]:
         text = text.replace(mark, marks[0])
-    return text.split(marks[0]) if marks else [text]
+    return [_unquoted(name) for name in (text.split(marks[0]) if marks else [text])]
+
+
+def _unquoted(name: str) -> str:
+    """Take off quotes that are left around a name."""
+    text = name.strip()
+    quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted and text[0] not in text[1:-1] else text
 
 
 def _short(text: str) -> str:

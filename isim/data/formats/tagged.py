@@ -80,10 +80,14 @@ def column(names: Sequence[str], known: Sequence[str]) -> int | None:
     return next((there.index(name) for name in known if name in there), None)
 
 
+def class_name(text: str) -> str:
+    """Return a name as all files are compared by: without blanks around it, in NFC."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def distinct(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the names without blanks around them, in one Unicode form, once each, sorted."""
-    names = {unicodedata.normalize("NFC", label).strip() for label in labels}
-    return tuple(sorted(names - {""}))
+    return tuple(sorted({class_name(label) for label in labels} - {""}))
 
 
 def split_of(text: str, where: str, problems: list[Problem]) -> str:

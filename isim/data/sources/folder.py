@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +30,8 @@ _ANNOTATIONS = ("Annotations", "annotations")
 # Masks of VOC that nothing here reads.
 _OBJECTS = "SegmentationObject"
 _CLASSES = "classes.txt"
+# Labels that tell whether something is there, and not what.
+_ANSWERS = {"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n"}
 
 
 @dataclass
@@ -45,6 +48,7 @@ class _Found:
     labels: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     missing: dict[str, Problem] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -184,6 +188,12 @@ def _add_row(row: Tagged, names: Names, found: _Found) -> None:
         return
     (id_,) = ids
     known = found.labels.get(id_)
+    if not listings.may_be_one(found.names.setdefault(id_, row.image), row.image):
+        what = (
+            f"{row.where}: {found.names[id_]} and {row.image} would both be image {id_}; is one of "
+            "them missing?"
+        )
+        found.problems.append(Problem("two names of one image", what, row.image))
     if row.split and found.splits.setdefault(id_, row.split) != row.split:
         what = f"{row.where}: {id_} is of split {found.splits[id_]} in {found.where[id_]}"
         found.problems.append(Problem("image in two splits", what, row.image))
@@ -250,10 +260,26 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
         for name in classes
         if "," in name
     ]
+    found.problems += _odd_classes(classes)
     if not 0 < len(classes) <= MAX_CLASSES:
         what = f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible"
         found.problems.append(Problem("number of classes", what))
     return classes
+
+
+def _odd_classes(classes: tuple[str, ...]) -> Iterator[Problem]:
+    """Tell of names that seem to be several classes, or an answer instead of a class."""
+    for name in classes:
+        parts = [part.strip() for part in re.split(r"[^\w-]+|_", name) if part.strip()]
+        if len(parts) > 1 and set(parts) <= {*classes}:
+            what = f"the class '{name}' is made of the names of others; part labels by `;`"
+            yield Problem("classes made of others", what, error=False)
+    if {name.lower() for name in classes} <= _ANSWERS:
+        what = (
+            f"the classes are {', '.join(classes)}; if these are answers to one question, name the "
+            "column by what is asked, such as `image,defect`, instead of `labels`"
+        )
+        yield Problem("classes that are answers", what, error=False)
 
 
 def _listed(path: Path, problems: list[Problem]) -> tuple[str, ...] | None:
@@ -264,7 +290,7 @@ def _listed(path: Path, problems: list[Problem]) -> tuple[str, ...] | None:
     if not path.exists():
         return None
     try:
-        names = [line.strip() for line in tagged.lines_of(path) if line.strip()]
+        names = [tagged.class_name(line) for line in tagged.lines_of(path) if line.strip()]
     except UserError as error:
         problems.append(Problem("list of classes", str(error), str(path)))
         return None

@@ -220,6 +220,11 @@ def _check(source: Source, treatment: Treatment, task: tuple[str, Entry]) -> Che
             f"mask {entry.mask} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
             f"{entry.image.name} {width}x{height}"
         )
+        if _made(entry.mask, treatment):
+            what = (
+                f"the outlines of {entry.image.name} are of {mask.shape[1]}x{mask.shape[0]}, the "
+                f"image of {width}x{height} pixels; mend its width and height in the label file"
+            )
         if mask.shape == (width, height) and files.orientation(entry.image) > 1:
             what += "; the image is turned by its EXIF orientation, turn the mask, too"
         result.problems.append(Problem("mask of another size", what, str(entry.mask)))

@@ -23,6 +23,9 @@ def test_names_of_objects_and_of_the_image(tmp_path):
     [
         (b"<annotation>", "is not a readable annotation"),
         (b'<?xml version="1.0" encoding="none"?><a/>', "is not a readable annotation"),
+        (b"<html><body/></html>", "its root is <html>, not <annotation>"),
+        (b'<annotation xmlns="a"><object><name>b</name></object></annotation>', "its root is"),
+        (b"<annotation><object><name> </name></object></annotation>", "an object has no name"),
         (b'<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "declares a DOCTYPE; remove it"),
     ],
 )

@@ -37,6 +37,14 @@ def test_splits_beside_other_folders_are_no_classes():
     assert problem.error
     assert problem.what.startswith("the folders Val, train are splits only if there are no others")
     assert class_folders.read(["train/1", "bus/2", "training/3"]).problems == ()
+    (first,) = class_folders.read(["train/cat/1", "train/dog/2", "new/3"]).problems
+    assert first.error and first.what.startswith("the folder train is a split only if there are no")
+
+
+def test_folders_in_those_of_classes_are_told():
+    (problem,) = class_folders.read(["a/cat/1", "a/dog/2", "b/3"]).problems
+    assert not problem.error and problem.what.startswith("2 images lie in further folders, such as")
+    assert class_folders.read(["train/cat/1", "val/dog/2"]).problems == ()
 
 
 def test_background_is_no_class():

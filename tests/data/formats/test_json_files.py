@@ -40,6 +40,7 @@ def test_any_json_is_read_or_refused(tmp_path_factory, value):
         ({"image": "a.jpg"}, "has no `image` or no `labels`"),
         ({"image": "a.jpg", "labels": {"x": 1}}, "its labels as a list of names"),
         ({"image": "", "labels": []}, "must name an image"),
+        ({"image": "a", "labels": [], "split": 0}, "there is no split '0'"),
     ],
 )
 def test_objects_of_other_forms_are_problems(tmp_path, entry, words):
@@ -58,5 +59,26 @@ def test_objects_of_other_forms_are_problems(tmp_path, entry, words):
 )
 def test_files_that_are_no_json_are_refused(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        json_files.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "a.json",
+            '{"a.jpg": ["x"], "b": [], "a.jpg": ["y"]}',
+            r"a\.json has the key 'a\.jpg' twice",
+        ),
+        (
+            "a.jsonl",
+            '{}\n{"image": "a", "image": "b"}',
+            r"a\.jsonl line 2 has the key 'image' twice",
+        ),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
         json_files.load(tmp_path / name)

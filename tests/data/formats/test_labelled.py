@@ -122,3 +122,19 @@ def test_a_label_map_of_another_size_is_told(tmp_path):
     (entry,) = labelled.collect("out", tmp_path / "images", tmp_path).entries
     with pytest.raises(UserError, match=r"5x4 pixels.*6x4"):
         entry.label()
+
+
+def test_labels_without_a_name_are_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "photos/a.png")
+    names = [{"name": "background"}, {"name": "cat"}]
+    (tmp_path / "masks/classes.json").write_text(json.dumps(names))
+    for label, fits in ((1, True), (255, True), (2, False), (254, False)):
+        files.write_label_map(tmp_path / "masks/a.png", np.full((3, 4), label, np.uint8))
+        (entry,) = labelled.collect("masks", tmp_path / "photos", tmp_path).entries
+        if fits:
+            assert entry.label().max() == label
+        else:
+            with pytest.raises(UserError, match=rf"holds label {label}, classes.json names 0..1"):
+                entry.label()

@@ -60,6 +60,17 @@ def test_names_that_are_no_text_are_problems(tmp_path):
     assert "is not UTF-8; rename it" in found.problems[0].what
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_with_control_characters_are_problems(tmp_path):
+    # A screenshot of macOS has the second character, and a family the third.
+    for name in ("a\nb.png", "a\x1b[31m.png", "10.00\u202fAM \u200d.png"):
+        (tmp_path / name).touch()
+    found = listing.images(tmp_path)
+    assert list(found.images) == ["10.00\u202fAM \u200d"] and len(found.problems) == 2
+    assert all("control characters; rename it" in problem.what for problem in found.problems)
+    assert all(problem.what.isprintable() for problem in found.problems)
+
+
 @pytest.mark.parametrize(
     ("name", "ids"),
     [

@@ -73,7 +73,7 @@ def test_what_is_no_class_is_named(tmp_path, image, values, words):
 
 
 @pytest.mark.parametrize(
-    "line", ["cat 128 0", "cat 1 2 300", "128 0 0", "cat #12345", "bird 1 2 3"]
+    "line", ["cat 128 0", "cat 1 2 300", "128 0 0", "cat #12345", "bird 1 2 4"]
 )
 def test_lines_of_a_table_that_are_none_are_told(tmp_path, line):
     (tmp_path / "colours.txt").write_text(f"# a comment\ndog 1 2 3\n{line}\n")

@@ -135,3 +135,32 @@ def test_an_unknown_split_is_a_problem(path):
     path.write_text("image,labels,split\na,x,train\nb,y,later\n")
     (problem,) = tables.read(path).problems
     assert problem.what == "labels.csv line 3: there is no split 'later'; write train, val or test"
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        ("\"('cat', 'dog')\"", ("cat", "dog")),
+        ("\"{'cat', 'dog'}\"", ("cat", "dog")),
+        ('"(""cat"",)"', ("cat",)),
+        ('"""cat"";""dog"""', ("cat", "dog")),
+        ("'cat'", ("cat",)),
+        # Names of their own.
+        ("cat (old)", ("cat (old)",)),
+        ("(old)", ("(old)",)),
+        ("dogs'", ("dogs'",)),
+    ],
+)
+def test_what_programs_put_around_names_is_taken_off(path, cell, names):
+    path.write_text(f"image,labels\na.jpg,{cell}\n")
+    (row,) = tables.read(path).rows
+    assert row.labels == names
+
+
+def test_columns_of_one_name_and_cells_that_may_be_unknown_are_told(path):
+    path.write_text("image,cat,dog, cat\na,1,0,0\nb,0,1,-1\n")
+    twice, unknown = tables.read(path).problems
+    assert twice.error and twice.what == "labels.csv has 2 columns 'cat'; rename one"
+    assert not unknown.error and "1 cells are -1 beside 0; both are taken for no" in unknown.what
+    path.write_text("image,cat,dog\na,1,-1\nb,-1,1\n")
+    assert tables.read(path).problems == ()

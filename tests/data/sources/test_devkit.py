@@ -69,8 +69,9 @@ def test_a_single_list_is_enough_but_not_none(tmp_path, make_devkit):
 
 def test_labels_are_names_of_objects_difficult_included_and_not_of_parts(devkit):
     (devkit / "Annotations/a.xml").write_text(
-        "<a><object><name> person </name><difficult>1</difficult><part><name>head</name></part>"
-        "</object><object><name>dog</name></object><object><name>person</name></object></a>"
+        "<annotation><object><name> person </name><difficult>1</difficult><part><name>head</name>"
+        "</part></object><object><name>dog</name></object><object><name>person</name></object>"
+        "</annotation>"
     )
     assert read_devkit(devkit, CLASSES).entries["a"].labels == ("dog", "person")
 

@@ -141,7 +141,8 @@ def test_a_folder_for_each_class(tmp_path):
     source = read(tmp_path)
     expected = {"cat/1": ("cat",), "cat/two/1": ("cat",), "Ape/1": ("Ape",), "none/3": ()}
     assert labels(source) == expected | {"rest": None}
-    assert source.classes == ("Ape", "cat") and source.problems == ()
+    assert source.classes == ("Ape", "cat")
+    assert [problem.kind for problem in source.problems] == ["folders in those of classes"]
     assert "folder none: 1 images that show none of the classes" in source.notes
 
 
@@ -386,6 +387,48 @@ def test_a_class_with_the_name_of_a_folder_of_another_use_is_told(tmp_path, name
     assert words[name] in problem.what and problem.error == (name == "masks")
 
 
+def test_names_of_classes_in_nfc_and_nfd_are_one_in_every_file(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "pâté") for form in ("NFC", "NFD"))
+    write_instances(
+        tmp_path / "labels.json",
+        [{"id": 1, "name": nfd}, {"id": 2, "name": "b"}],
+        [
+            {"id": 1, "file_name": "a.jpg", "height": 6, "width": 8},
+        ],
+        [{"image_id": 1, "category_id": 1, "area": 9, "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]}],
+    )
+    put_photos(tmp_path / "images", ["a.jpg", "b.jpg"])
+    write(tmp_path / "classes.txt", f"b\n{nfd}\n")
+    write(tmp_path / "colors.txt", f"{nfd} 200 0 0\nb 0 200 0\n")
+    found, problems = checked(tmp_path, mask_values={7: nfd}, val_fraction=0)
+    refuse(problems)
+    assert found.source.classes == ("b", nfc) and labels(found.source)["a"] == (nfc,)
+    assert found.results["a"].pixels.tolist() == [39, 0, 9]
+    assert {*found.source.scheme.values.values(), *found.source.scheme.colors.values()} == {1, 2}
+
+
+@pytest.mark.parametrize("own", ["a.xml", "sub/a.xml"])
+def test_an_annotation_does_not_add_to_the_image_of_another_one(tmp_path, own):
+    put_photos(tmp_path / "images", [own.replace(".xml", ".jpg"), "b.jpg"])
+    write(tmp_path / f"Annotations/{own}", annotation("x", file="a.jpg"))
+    write(tmp_path / "Annotations/b.XML", annotation("y", file="b.jpg"))
+    _, problems = checked(tmp_path, val_fraction=0)
+    refuse(problems)
+    # Copied with its image, which is gone, but not with another name inside.
+    write(tmp_path / "Annotations/c.xml", annotation("y", file="a.jpg"))
+    _, problems = checked(tmp_path, val_fraction=0)
+    (problem,) = [problem for problem in problems if problem.error]
+    assert problem.kind == "two names of one image" and "is one of them missing?" in problem.what
+
+
+def test_sizes_of_outlines_are_those_of_the_image(tmp_path):
+    path = coco_of_other_size(tmp_path)
+    _, problems = checked(tmp_path, val_fraction=0)
+    (problem,) = [problem for problem in problems if problem.error]
+    assert "mend its width and height in the label file" in problem.what
+    assert str(tmp_path / "out") not in problem.what and path.exists()
+
+
 def test_blanks_before_names_of_files_do_not_matter(tmp_path):
     put_photos(tmp_path / "images", [" a.jpg", "b.jpg", " c.jpg"])
     rows(" a.jpg,x", " b.jpg,y", "c.jpg,")(tmp_path)
@@ -393,6 +436,15 @@ def test_blanks_before_names_of_files_do_not_matter(tmp_path):
     assert labels(source) == {" a": ("x",), "b": ("y",), " c": ()}
     (problem,) = source.problems
     assert "c.jpg is taken for  c, whose name differs in case or blanks" in problem.what
+
+
+def coco_of_other_size(root):
+    put_photos(root / "images", ["a.jpg", "b.jpg"])
+    one = {"id": 1, "file_name": "a.jpg", "height": 8, "width": 6}
+    square = {"image_id": 1, "category_id": 1, "area": 9, "segmentation": [[1, 1, 4, 1, 4, 4]]}
+    other = {"id": 2, "file_name": "b.jpg", "height": 6, "width": 8}
+    write_instances(root / "labels.json", [{"id": 1, "name": "x"}], [one, other], [square])
+    return root / "labels.json"
 
 
 def nested_photo(root):
@@ -462,6 +514,9 @@ FAULTS = [
     (PLAIN, masks_of("a.png", RED + 1), "unreadable mask", "has 2 colours that are no class's"),
     (PLAIN, deep_photo, "unreadable image", "more than 8 bits a channel; set prepare.sixteen_bit"),
     (("a.jpg,x", "b.jpg,x"), None, "one class without negatives", "nothing can be learnt; add"),
+    ((*PLAIN, "p/e.jpg,x", "q/e.jpg,y"), None, "two names of one image",
+     "line 7: p/e.jpg and q/e.jpg would both be image e"),
+    (PLAIN, put("colors.txt", b"x 1 2 3\ny 1 2 3"), "table of colours", "line 2: 'y' has the col"),
 ]  # fmt: skip
 # Likewise, of what is only odd.
 ODDITIES = [
@@ -485,6 +540,8 @@ ODDITIES = [
     (PLAIN, photos("1.jpg", "more/2.png"), "images that are not read",
      "2 images, such as {root}/1.jpg, do not lie in {root}/images: they are not read; move"),
     (PLAIN, photos("JPEGImages/1.jpg"), "images that are not read", "1 images, such as"),
+    ((*PLAIN, "e.jpg,x + y"), None, "classes made of others", "'x + y' is made of the names of"),
+    (("a.jpg,0", "b.jpg,1"), None, "classes that are answers", "the classes are 0, 1; if these"),
     ((*PLAIN, "a.jpg,"), None, "rows that disagree", "a has a row without labels and one with"),
 ]  # fmt: skip
 
