@@ -44,13 +44,15 @@ def by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise a UserError if any of the problems is an error.
 
-    Its first line counts them; of each kind a few follow, a line each.
+    One is told in one line. Of more the first line is their number; of each kind a few follow, a
+    line each.
     """
     errors = [problem for problem in problems if problem.error]
     if not errors:
         return
-    plural = "s" if len(errors) > 1 else ""
-    lines = [f"the data has {len(errors)} problem{plural}; mend it and run `isim prepare` again"]
+    if len(errors) == 1:
+        raise UserError(f"the data has 1 problem: {errors[0].what}")
+    lines = [f"the data has {len(errors)} problems; mend it and run `isim prepare` again"]
     shown = 0
     for kind, found in by_kind(errors).items():
         room = max(0, min(MAX_OF_A_KIND, MAX_SHOWN - shown))

@@ -555,7 +555,7 @@ def test_faults_are_errors_in_words(tmp_path, lines, make, kind, words):
     (problem, *more) = [problem for problem in problems if problem.error]
     assert problem.kind == kind and words in problem.what, problem
     assert not more and len(problem.what) < 400 and "\n" not in problem.what
-    with pytest.raises(UserError, match=r"^the data has 1 problem; mend it"):
+    with pytest.raises(UserError, match=r"^the data has 1 problem: "):
         refuse(problems)
 
 
