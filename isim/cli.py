@@ -444,15 +444,6 @@ def _note(lines: list[str]) -> None:
         typer.echo(f"isim: note: {errors.one_line(line)}", err=True)
 
 
-def _project_above(here: Path) -> list[str]:
-    """Tell of a project whose subfolder this is: what is missing here is there."""
-    names = ("params.yaml", "dvc.yaml")
-    if all((here / name).exists() for name in names):
-        return []
-    above = (one for one in here.parents if all((one / name).exists() for name in names))
-    return [f"the project {one} is above this folder: run isim there" for one in above][:1]
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -501,8 +492,6 @@ def main() -> None:
         if ending := _ending(error):
             raise ending from None
         if isinstance(error, UserError):
-            if str(Path.cwd()) in str(error):
-                _note(_project_above(Path.cwd()))
             _fail(str(error))
         if told := _of_machine(error):
             _fail(errors.one_line(told))
@@ -512,8 +501,9 @@ def main() -> None:
         _tell_unknown(error)
     finally:
         # What libraries do at the end is interrupted without a word, and their children may end.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         unwatch()
 
 
@@ -555,8 +545,9 @@ def _of_machine(error: Exception) -> str:
             f"not enough memory ({errors.reason(error)}); end what else uses it, or lower batch or "
             "crop of the stage in params.yaml, and run the same command again"
         )
-    foreign = isinstance(error, ImportError) and not (error.name or "").startswith("isim")
-    if foreign or "shared object file" in text:
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "isim").startswith("isim"):
+        return f"the package of {error.name} is not there; pip install it, or install isim anew"
+    if re.search("shared object|map segment|static TLS", text):
         return (
             f"a library of isim's cannot be loaded ({errors.reason(error)}); install isim anew, or "
             "give it more memory"

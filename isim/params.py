@@ -734,6 +734,10 @@ def _mendable(path: Path, error: UserError) -> UserError:
     cause = error.__cause__
     if isinstance(cause, UnicodeDecodeError):
         return UserError(f"{path} is not UTF-8 text; save it as UTF-8")
+    names = (path.name, "dvc.yaml")
+    above = (one for one in path.absolute().parents[1:] if all((one / n).exists() for n in names))
+    if isinstance(cause, FileNotFoundError) and (project := next(above, None)):
+        return UserError(f"{path} is not there, but the project {project} is above: run isim there")
     if isinstance(cause, OSError):
         return UserError(
             f"cannot read {path}: {cause.strerror}; run `isim preset demo` to write one"

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from isim.data import files, prepared
 from isim.data.prepared import Item
-from isim.errors import UserError
+from isim.errors import UserError, cut
 from isim.params import Params, flatten, load, read_yaml
 from isim.reporting import pictures, tracking
 from isim.runtime import (
@@ -49,6 +49,8 @@ _REPORTS = "reports"
 _PICTURES = "pictures"
 # Parameters that say how a run is watched, and change nothing that it makes.
 _WATCHED = {"pictures", "score_every"}
+# All as params.yaml had them when those of the running stage were read.
+_given: dict[str, Any] | None = None
 
 
 class Published(Exception):
@@ -246,6 +248,9 @@ def opened(
         _require_unchanged(root)
     words = tuple(filter(None, (word, label_set)))
     base = home(root) / ".isim"
+    given = _given or _written(root)
+    # Before they are hashed: what changes then is seen at the end.
+    times = identity.of_times(_recorded_of(reads, root).values())
     here = Stage(
         base,
         getattr(params, "precision", "fp32"),
@@ -253,7 +258,6 @@ def opened(
         root=root,
         hashes=_hashes(reads),
     )
-    before = _to_be_recorded(root, reads)
     key, place = _identity(here, words, params, state), "/".join(("reports", *words))
     runs = base.joinpath("resume", *words)
     _publish_again(runs, key, root)
@@ -270,7 +274,7 @@ def opened(
         yield here
         processes.barrier()
         if processes.is_main():
-            _require_same(before, root, reads, here.hashes)
+            _require_same(given, times, here, reads)
             done = here._finished(place)
             done.publish(here.resume)
             for name, model in here._models.items():
@@ -328,47 +332,58 @@ def _digests(reads: Mapping[str, Path]) -> dict[str, str]:
     return {name: identity.md5(path) for name, path in reads.items() if path.exists()}
 
 
-def _to_be_recorded(root: Path, reads: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
-    """Read the parameters that DVC records of this stage, and the times of the files it reads.
-
-    DVC does so when the stage has ended. Both are empty without DVC, and in other processes than
-    the first.
-    """
-    if not (processes.is_main() and finished.under_dvc()):
-        return {}, ""
-    name = os.environ["DVC_STAGE"].rpartition(":")[2].partition("@")[0]
-    wanted = finished.stages_of(root / "dvc.yaml").get(name, {}).get("params") or ()
-    starts = tuple(f"{one}." for one in wanted)
-    tree = flatten(read_yaml(root / "params.yaml")) if starts else {}
-    own = {key: value for key, value in tree.items() if f"{key}.".startswith(starts)}
-    return own, identity.of_times(reads.values())
-
-
 def _require_same(
-    before: tuple[dict[str, Any], str],
-    root: Path,
-    reads: Mapping[str, Path],
-    hashes: Mapping[str, str],
+    given: Mapping[str, Any], times: str, here: "Stage", reads: Mapping[str, Path]
 ) -> None:
     """Check that DVC will record what the stage has read. Raises UserError if not.
 
-    Whoever writes the values of the next experiment into params.yaml while this one runs would
-    else find the figures of the old ones under the new.
+    DVC looks at parameters and data when a stage has ended. Whoever writes the values of the next
+    experiment into params.yaml meanwhile would find the figures of the old ones under the new.
     """
-    (old, times), (new, now) = before, _to_be_recorded(root, reads)
-    names = sorted(old.keys() | new.keys())
-    wrong = [f"{key} in params.yaml" for key in names if old.get(key) != new.get(key)]
-    if now != times:
+    recorded = _recorded(here.root)
+    starts = tuple(f"{name}." for name in recorded.get("params") or ())
+    now, own = _written(here.root), _recorded_of(reads, here.root)
+    names = [n for n in sorted(given.keys() | now.keys()) if f"{n}.".startswith(starts)]
+    wrong = [f"{name} in params.yaml" for name in names if given.get(name) != now.get(name)]
+    if times != identity.of_times(own.values()):
         # Links to a file change its time, too.
-        found = _digests(reads)
-        wrong += [key for key in sorted(found.keys() | hashes) if found.get(key) != hashes.get(key)]
+        found = _digests(own)
+        wrong += [str(own[name]) for name in own if found.get(name) != here.hashes.get(name)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"{wrong[0]}{more} changed while the stage ran, and DVC would record its result as one "
-            "of the new; undo the change and run the same command again to have the result, or "
-            "run it as it is to compute the new one"
+            f"{cut(wrong[0], 80)}{more} changed while the stage ran, and DVC would record its "
+            "result as one of the new; take the change back and run the same command again to have "
+            "the result, or run it as it is to compute the new one"
         )
+
+
+def _written(root: Path) -> dict[str, Any]:
+    """Read the parameters as they are written, by dotted name; none where DVC records none."""
+    if not (processes.is_main() and finished.under_dvc()):
+        return {}
+    path = root / "params.yaml"
+    return flatten(read_yaml(path)) if path.exists() else {}
+
+
+def _recorded(root: Path) -> dict[str, Any]:
+    """Read the entry of the running stage in dvc.yaml; empty without DVC."""
+    name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[0]
+    found = finished.stages_of(root / "dvc.yaml").get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _recorded_of(reads: Mapping[str, Path], root: Path) -> dict[str, Path]:
+    """Choose what DVC records of what a stage reads: a user's folder of masks it does not."""
+    if not (processes.is_main() and finished.under_dvc()):
+        return {}
+    deps = [(root / str(dep)).absolute() for dep in _recorded(root).get("deps") or ()]
+    places = {name: path.absolute() for name, path in reads.items()}
+    return {
+        name: reads[name]
+        for name, place in places.items()
+        if any(dep.is_relative_to(place) or place.is_relative_to(dep) for dep in deps)
+    }
 
 
 def _identity(here: Stage, words: tuple[str, ...], params: BaseModel, state: str) -> str:
@@ -427,6 +442,7 @@ def start(word: str, root: Path, *arguments: str) -> None:
 
     Raises UserError as the stage; a wrong parameter is told before the stage is imported.
     """
+    global _given
     told = progress.watched(" ".join((word, *arguments)))
     base = home(root) / ".isim"
     with processes.started(base), told:
@@ -440,7 +456,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
         helpers.worker_count()
         # What the stage reads is then what its identity is made of.
         with alone("-".join((word, *arguments)), base):
-            # As it is after the wait.
+            # As they are after the wait.
+            _given = _written(root)
             params = load(root / "params.yaml")
             if processes.is_main():
                 _look_after(base, root, (word, *arguments))
@@ -454,6 +471,8 @@ def start(word: str, root: Path, *arguments: str) -> None:
                     f"{' '.join((word, *arguments))}: an earlier run has computed all, and dvc.lock"
                     " has not come to hold it since: published again"
                 )
+            finally:
+                _given = None
 
 
 def _look_after(base: Path, root: Path, own: tuple[str, ...]) -> None:

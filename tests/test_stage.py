@@ -267,7 +267,7 @@ def test_what_dvc_has_not_recorded_is_published_again(make, dvc, tmp_path):
     [
         ("evaluate: {steps: 2}\nreport: 0", r"evaluate\.steps in params\.yaml changed while"),
         ("report: 0", r"evaluate\.steps in params\.yaml changed while"),
-        (None, r"labels changed while"),
+        (None, r"/labels changed while"),
         ("evaluate: {steps: 1}\nreport: 1", ""),
     ],
 )
@@ -279,12 +279,15 @@ def test_dvc_records_nothing_that_the_stage_has_not_read(
     if not by_dvc:
         monkeypatch.delenv("DVC_STAGE")
     params, labels, out = tmp_path / "params.yaml", tmp_path / "labels", tmp_path / "out"
-    (tmp_path / "dvc.yaml").write_text("stages: {evaluate: {params: [evaluate.steps]}}")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {evaluate: {params: [evaluate.steps], deps: [labels]}}"
+    )
     before = "evaluate: {steps: 1}\nreport: 0"
+    (masks := tmp_path / "masks").mkdir()
     ran = []
 
     def run(*edits):
-        with opened(reads={"labels": labels}) as here:
+        with opened(reads={"labels": labels, "masks 1": masks}) as here:
             ran.append(here.resume)
             here.publish({"out": "out"})
             (here.resume / "out").write_text("figures")
@@ -306,8 +309,20 @@ def test_dvc_records_nothing_that_the_stage_has_not_read(
         run()
         assert ran[0] == ran[1]
     else:
-        run(edit)
+        # Of these DVC records nothing.
+        run(edit, (masks / "new", "drawn"))
     assert out.read_text() == "figures"
+
+
+def test_parameters_that_change_before_a_stage_is_opened_are_seen_at_its_end(
+    opened, dvc, tmp_path, monkeypatch
+):
+    """Libraries and networks are loaded in between."""
+    (tmp_path / "dvc.yaml").write_text("stages: {evaluate: {params: [evaluate]}}")
+    (tmp_path / "params.yaml").write_text("evaluate: {steps: 2}")
+    monkeypatch.setattr(stage, "_given", {"evaluate.steps": 1})
+    with pytest.raises(UserError, match=r"evaluate\.steps in params\.yaml changed while"), opened():
+        pass
 
 
 def test_equal_outs_of_an_earlier_record_are_no_record_of_this_run(make, dvc, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from isim.runtime import ending
 
 PROGRAM = """
-import contextlib, ctypes, os, sys, time
+import contextlib, ctypes, os, signal, sys, time
 from isim import cli
 from isim.runtime import helpers
 
@@ -64,6 +64,8 @@ def app():
     finally:
         told("closed")
 
+# The tests may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 cli.app = app
 cli.main()
 """
@@ -90,8 +92,11 @@ def test_a_read_that_never_returns_does_not_outlive_a_signal(where, number, tmp_
         time.sleep(0.5)
         began = time.monotonic()
         process.send_signal(number)
-        rest = process.stdout.read()
-        code = process.wait(timeout=60)
+        try:
+            rest, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    code = process.returncode
     # The rest is for a busy machine.
     assert time.monotonic() - began < ending.GRACE + 5
     uncaught = number == signal.SIGINT and where != "blocked_for_good"
