@@ -44,8 +44,8 @@ def by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise a UserError if any of the problems is an error.
 
-    One is told in one line. Of more the first line is their number; of each kind a few follow, a
-    line each.
+    A single one is told in one line. Otherwise the first line counts them; a few of each kind
+    follow, a line each.
     """
     errors = [problem for problem in problems if problem.error]
     if not errors:
