@@ -29,8 +29,8 @@ TAKES = {
 }
 
 
-# Suffixes of the formats that are a file.
-_SUFFIXES = {"coco": ".json", "onnx": ".onnx"}
+# Bytes at the beginning of the formats that are a file: COCO's description, ONNX's producer.
+_MARKS = {"coco": DESCRIPTION.encode(), "onnx": b"\x12\x04isim"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
         if field.name not in allowed and getattr(options, field.name) != field.default:
             name = "from" if field.name == "source" else field.name
             raise UserError(f"--{name} means nothing for {form}; leave it out")
-    is_file = form in ("coco", "onnx")
+    is_file = form in _MARKS
     if is_file and not dest.suffix:
         raise UserError(
             f"{form} is a file; name one, such as {dest}.{form.replace('coco', 'json')}"
@@ -76,13 +76,12 @@ def run(form: str, dest: Path, options: Options, root: Path) -> str:
 
 def _require_own(form: str, dest: Path) -> None:
     """Check that a file that is there is an earlier export: another one would be lost."""
-    suffix = _SUFFIXES.get(form)
-    if suffix is None or not dest.exists():
+    if form not in _MARKS or not dest.exists():
         return
-    own = dest.is_file() and dest.suffix.lower() == suffix
-    if own and form == "coco":
+    own = False
+    if dest.is_file():
         with errors.opened(dest) as stream:
-            own = DESCRIPTION.encode() in stream.read(200)
+            own = _MARKS[form] in stream.read(200)
     if not own:
         raise UserError(f"{dest} is there and was not written by this command; name another file")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from isim.data import files
 from isim.data.formats import labelled, labels, listing, overlay
 from isim.data.formats.listing import Listing, Names
-from isim.data.formats.tagged import NONE_NAME
+from isim.data.formats.tagged import NONE_NAME, Tagged
 from isim.errors import UserError
 from isim.experiments import preset
 from isim.labels.clean.clean import clean
@@ -106,7 +106,8 @@ def _images(paths: Sequence[Path], out: Path) -> dict[str, Path]:
         else:
             raise UserError(f"{path} does not exist; name image files or folders of them")
         for id_, image in given.items():
-            if (other := found.setdefault(id_, image)).resolve() != image.resolve():
+            other = found.setdefault(id_, image)
+            if other is not image and other.resolve() != image.resolve():
                 raise UserError(f"{other} and {image} would have one mask; rename one of them")
     if not found:
         raise UserError(f"no images in {', '.join(map(str, paths))}; name files or other folders")
@@ -164,9 +165,8 @@ def _known(
     for problem in given.problems:
         if problem.error:
             raise UserError(problem.what)
-    tags: dict[str, set[str]] = {}
     names, nothing, unmatched = Names(Listing(images, {})), 0, 0
-    written: dict[str, str] = {}
+    rows: dict[str, list[Tagged]] = {}
     for row in given.rows:
         ids = names.find(row.image) or names.find(row.otherwise)
         if len(ids) > 1:
@@ -175,36 +175,61 @@ def _known(
             )
         unmatched += not ids
         for id_ in ids:
-            if not listing.may_be_one(other := written.setdefault(id_, row.image), row.image):
-                raise UserError(
-                    f"{row.where}: {other} and {row.image} would both be image {id_}; take the "
-                    "rows of other images out"
-                )
-        for id_ in ids if row.labels is not None else ():
-            said = [name.lower() for name in row.labels or () if name not in classes]
+            rows.setdefault(id_, []).append(row)
+    tags: dict[str, set[str]] = {}
+    for id_, found in rows.items():
+        own = _own(found, id_, images[id_])
+        unmatched += len(found) - len(own)
+        for row in own:
+            if row.labels is None:
+                continue
+            said = [name.lower() for name in row.labels if name not in classes]
             # As in the data that were learnt from.
-            none = said == [NONE_NAME] and len(row.labels or ()) == 1
+            none = said == [NONE_NAME] and len(row.labels) == 1
             nothing += none
-            tags.setdefault(id_, set()).update(() if none else row.labels or ())
+            tags.setdefault(id_, set()).update(() if none else row.labels)
     unknown = sorted(set().union(*tags.values()) - set(classes))
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} tags are no classes of the model, such as '{unknown[0]}'; it "
             f"knows {', '.join(classes)[:120]}"
         )
-    found = {
-        id_: np.array(sorted(classes.index(tag) + 1 for tag in own), np.int64)
-        for id_, own in tags.items()
+    known = {
+        id_: np.array(sorted(classes.index(tag) + 1 for tag in some), np.int64)
+        for id_, some in tags.items()
     }
     if nothing:
         told = f"`{NONE_NAME}`, none of the classes, in {nothing} rows of {path}"
         print(f"isim: {told}", file=sys.stderr)
     if unmatched:
         print(f"isim: {unmatched} rows of {path} are of no image given", file=sys.stderr)
-    without = len(images) - len(found)
+    without = len(images) - len(known)
     if without:
         print(f"isim: {without} of {len(images)} images have no row in {path}", file=sys.stderr)
-    return found
+    return known
+
+
+def _own(rows: Sequence[Tagged], id_: str, path: Path) -> Sequence[Tagged]:
+    """Choose the rows of an image: those with its path, where the table has more folders.
+
+    Raises UserError where none has, and two name different images.
+    """
+    if len(rows) == 1:
+        return rows
+    place = path.absolute()
+    # The folder that was listed: before its name a row's path may be that of another machine.
+    folder = place.parents[id_.count("/")].name
+    for real in (place, place.resolve()):
+        if own := [row for row in rows if listing.may_be_one(row.image, str(real), folder)]:
+            return own
+    first = rows[0]
+    for row in rows:
+        if not listing.may_be_one(first.image, row.image, folder):
+            raise UserError(
+                f"{row.where}: {first.image} and {row.image} would both be image {id_}; take the "
+                "rows of other images out"
+            )
+    return rows
 
 
 def _write(

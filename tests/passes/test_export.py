@@ -62,12 +62,14 @@ def test_images_that_are_written_anew_are_told(form, tmp_path):
         ("coco", "full/precious.txt", {"source": "last_round"}, "was not written by this command"),
         ("coco", "full/own.json", {"source": "last_round"}, "was not written by this command"),
         ("onnx", "full/precious.txt", {}, "was not written by this command; name another file"),
+        ("onnx", "full/other.onnx", {}, "was not written by this command; name another file"),
+        ("coco", "full", {"source": "last_round"}, "coco is a file"),
         ("onnx", "a.onnx", {"model": "no"}, "no is missing; run `isim train-segmenter`"),
     ],
 )
 def test_what_cannot_be_is_one_line(form, name, options, words, finished_project, tmp_path):
     (tmp_path / "full").mkdir()
-    kept = {"own.json", "precious.txt"}
+    kept = {"other.onnx", "own.json", "precious.txt"}
     for own in kept:
         (tmp_path / "full" / own).write_text("keep")
     with pytest.raises(UserError, match=words):
@@ -76,6 +78,7 @@ def test_what_cannot_be_is_one_line(form, name, options, words, finished_project
     assert {(tmp_path / "full" / own).read_text() for own in kept} == {"keep"}
 
 
-def test_an_export_takes_the_place_of_an_earlier_one(finished_project, tmp_path):
-    first = export.run("coco", tmp_path / "all.json", LAST, finished_project)
-    assert export.run("coco", tmp_path / "all.json", LAST, finished_project) == first
+@pytest.mark.parametrize("name", ["all.json", "labels.coco"])
+def test_an_export_takes_the_place_of_an_earlier_one(name, finished_project, tmp_path):
+    first = export.run("coco", tmp_path / name, LAST, finished_project)
+    assert export.run("coco", tmp_path / name, LAST, finished_project) == first

@@ -13,7 +13,7 @@ from support.networks import CLASSES
 
 from isim.errors import UserError
 from isim.models import segmenter
-from isim.passes import onnx_file
+from isim.passes import export, onnx_file
 from isim.passes.photographs import BySegmenter
 from isim.runtime.here import Here
 
@@ -43,6 +43,12 @@ def test_a_file_gives_the_labels_of_torch(name, models, photos, tmp_path, monkey
     told = onnx_file.write(path, models[name], photos)
     assert "opset 18" in told and "of 4 images are those of torch" in told
     model = onnx.load(path)
+    # An export takes the place of its own files alone.
+    export._require_own("onnx", path)
+    other = onnx.helper.make_model(model.graph, producer_name="pytorch")
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="was not written by this command"):
+        export._require_own("onnx", tmp_path / "other.onnx")
     onnx.checker.check_model(model, full_check=True)
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(about["classes"]) == ["background", *CLASSES]

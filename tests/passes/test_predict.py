@@ -100,6 +100,27 @@ def test_tags_leave_no_other_class(nothing, photos, models, tmp_path, capsys):
     assert "1 of 2 images have no row" in told and f"1 rows of {tags} are of no image given" in told
 
 
+@pytest.mark.parametrize(
+    ("rows", "own", "others"),
+    [
+        (["trip/b.jpg,cat", "z/photos/trip/b.jpg,dog", "old/b.jpg,dog"], "cat,dog", 1),
+        (["old/b,dog", "photos/old/b,dog", "b,cat"], "cat", 2),
+        (["/x/trip/b.jpg,cat", r"C:\trip\b.jpg,dog"], "cat,dog", 0),
+        (["p/b.jpg,dog", "{photos}/trip/b.jpg,cat", "q/b.jpg,dog"], "cat", 2),
+        (["/x/old/b.jpg,cat", "old/b.jpg,dog"], "cat,dog", 0),
+        (["old/b.jpg,cat"], "cat", 0),
+    ],
+)
+def test_rows_of_an_image_are_those_with_its_path(rows, own, others, photos, tmp_path, capsys):
+    path = tmp_path / "tags.csv"
+    path.write_text("\n".join(["image,tags", *rows, ""]).replace("{photos}", str(photos)))
+    images = {"b": photos / "trip/b.jpg"}
+    (found,) = predict._known(path, images, ["dog", "cat"]).values()
+    assert [("dog", "cat")[tag - 1] for tag in reversed(found)] == own.split(",")
+    told = f"isim: {others} rows of {path} are of no image given\n" if others else ""
+    assert capsys.readouterr().err == told
+
+
 def test_one_file_by_two_paths_has_one_mask(photos, models, tmp_path):
     paths = [photos, photos / "trip/../a.png"]
     assert run(paths, tmp_path / "out", tmp_path, models["frozen_segmenter"]) == 0

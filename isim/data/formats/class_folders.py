@@ -32,8 +32,9 @@ def read(ids: Iterable[str]) -> Tags:
     """Read the tags off ids, which are paths: the first folder of each is its class.
 
     Folders train, val and test, if there are no others, are splits, and the next ones classes; two
-    of them beside others are a problem. Images in the folder `none` show none of the classes; one
-    that lies in no class's folder has no row: its tags are unknown.
+    of them beside others are a problem, as is one whose folders seem to be classes. Images in the
+    folder `none` show none of the classes; one that lies in no class's folder has no row: its tags
+    are unknown.
     """
     paths = [(name, PurePosixPath(name).parts[:-1]) for name in ids]
     firsts = {folders[0] for _, folders in paths if folders}
@@ -42,10 +43,15 @@ def read(ids: Iterable[str]) -> Tags:
     if by_split:
         notes.append(f"the folders {', '.join(sorted(firsts))} are splits")
     named = sorted(name for name in firsts if name.lower() in SPLITS)
-    # A vehicle may be the class `train`, but then its images lie in its folder.
-    above = {folders[0] for _, folders in paths if len(folders) > 1 and folders[0] in named}
+    others = sorted(firsts.difference(named))
+    # A vehicle may be the class `train`, but its folders are then like those of the other classes.
+    below: dict[str, set[str]] = {name: set() for name in firsts}
+    for _, folders in paths:
+        if len(folders) > 1:
+            below[folders[0]].add(folders[1])
+    inside = {folder for name in named for folder in below[name]}
+    above = inside and (not inside.isdisjoint(others) or not any(below[name] for name in others))
     if not by_split and (len({SPLITS[name.lower()] for name in named}) > 1 or above):
-        others = sorted(firsts.difference(named))
         are = "folders {} are splits" if len(named) > 1 else "folder {} is a split"
         what = (
             f"the {are.format(', '.join(named))} only if there are no others, such as "

@@ -1,7 +1,5 @@
 """COCO's instances: a JSON file of images, categories and annotated objects."""
 
-import operator
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ from isim.metrics import IGNORE
 
 Annotation = Mapping[str, Any]
 T = TypeVar("T")
+# Characters of a run in COCO's packed form, whose lengths have 32 bits, and a length above them.
+_CHARACTERS, _LONGEST = 7, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Instances:
 
     Attributes:
         path: The file.
-        classes: Names of the categories, in the file's order.
+        classes: Distinct names of the categories, in the file's order.
         images: File name, height and width of each image, by its number.
         objects: Annotations of each image, by its number; none of images without any.
         names: Name of each category, by its number.
@@ -47,10 +47,12 @@ class Instances:
             found = {self.names[one["category_id"]] for one in self.objects.get(number, ())}
             where = f"{self.path.name}, {name}"
             rows.append(Tagged(name, tagged.distinct(found), where, objects=True))
-        used = {name for row in rows for name in row.labels or ()}
-        unused = [name for name in self.classes if name not in used]
-        note = f"{self.path.name}: {len(unused)} categories without an object are no classes"
-        return Tags(tuple(rows), notes=(f"{note}, such as {unused[0]}",) if unused else ())
+        return Tags(tuple(rows))
+
+    def unused(self) -> list[str]:
+        """Names of the categories without an object, in the file's order."""
+        used = {self.names[one["category_id"]] for some in self.objects.values() for one in some}
+        return [name for name in self.classes if name not in used]
 
     def outlined(self, number: int) -> bool:
         """Tell whether every object of an image has an outline; an image without any has none."""
@@ -108,7 +110,6 @@ def read(path: Path, content: object = None) -> Instances:
     try:
         names = _numbered("categories", given.get("categories", ()), _category)
         images = _numbered("images", given["images"], _image)
-        _require_once("file_name", [name for name, _, _ in images.values()])
         objects: dict[int, list[Annotation]] = {}
         for one in given.get("annotations", ()):
             if one["category_id"] not in names or one["image_id"] not in images:
@@ -118,20 +119,20 @@ def read(path: Path, content: object = None) -> Instances:
         raise UserError(
             f"{path} is no usable instances file of COCO ({errors.reason(error)}); mend it"
         ) from error
-    return Instances(path, tuple(names.values()), images, objects, names)
+    # Categories of one name are one class.
+    return Instances(path, tuple(dict.fromkeys(names.values())), images, objects, names)
 
 
 def _numbered(what: str, given: Sequence[Any], make: Callable[[Any], T]) -> dict[int, T]:
-    """Make the values of entries by their ids. ValueError for an id that is there twice."""
-    _require_once(f"id of the {what}", [int(one["id"]) for one in given])
-    return {int(one["id"]): make(one) for one in given}
-
-
-def _require_once(what: str, values: Sequence[object]) -> None:
-    # The last of equal ones would take the place of the others without a word.
-    value, count = next(iter(Counter(values).most_common(1)), (None, 1))
-    if count > 1:
-        raise ValueError(f"{what} {value} is there {count} times")
+    """Make the values of entries by their ids. ValueError for two that differ and have one id."""
+    found: dict[int, T] = {}
+    for one in given:
+        number = int(one["id"])
+        value = make(one)
+        # The last one would take the place of the others without a word.
+        if found.setdefault(number, value) != value:
+            raise ValueError(f"two of the {what} differ and have the id {number}")
+    return found
 
 
 def _category(one: Mapping[str, Any]) -> str:
@@ -160,7 +161,10 @@ def _require_inside(outline: Any, height: int, width: int) -> None:  # noqa: ANN
     if isinstance(outline, Mapping):
         if [*outline["size"]] != [height, width]:
             raise ValueError(f"it is of {outline['size']} pixels, the image {[height, width]}")
-        if (told := sum(_runs(outline["counts"]))) != height * width:
+        runs = _runs(outline["counts"])
+        if not ((runs >= 0) & (runs <= height * width)).all():
+            raise ValueError("its runs are longer than the image, or below 0")
+        if (told := int(runs.sum())) != height * width:
             # pycocotools leaves the rest as it finds the memory.
             raise ValueError(f"its runs are of {told} pixels, not of {height * width}")
         return
@@ -171,21 +175,34 @@ def _require_inside(outline: Any, height: int, width: int) -> None:  # noqa: ANN
             raise ValueError("a corner lies far outside of the image")
 
 
-def _runs(counts: Any) -> list[int]:  # noqa: ANN401 - of JSON
-    """Lengths of the runs of an outline; ValueError, or LookupError, for what is none."""
+def _runs(counts: Any) -> NDArray[np.int64]:  # noqa: ANN401 - of JSON
+    """Lengths (R,) of the runs of an outline; ValueError for what is none, or may be damaged."""
     if isinstance(counts, list):
-        return [operator.index(count) for count in counts]
-    found: list[int] = []
-    value = shift = 0
-    for char in counts.encode("ascii"):
-        # Five bits a character, and from the fourth run on the difference to the one before last.
-        value |= (char - 48 & 31) << shift
-        shift += 5
-        if char - 48 & 32:
-            continue
-        value -= 1 << shift if char - 48 & 16 else 0
-        found.append(value + (found[-2] if len(found) > 2 else 0))
-        value = shift = 0
+        given = np.asarray(counts)
+        if given.ndim != 1 or given.dtype.kind not in "iuf":
+            raise ValueError("its runs are no list of numbers")
+        # NaN is in no range.
+        if not ((np.abs(given) < _LONGEST) & (given == np.floor(given))).all():
+            raise ValueError("its runs are no whole numbers of pixels")
+        return given.astype(np.int64)
+    codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    # Five bits a character, the lowest first; the sixth tells that the run goes on.
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not ((codes >= 0) & (codes < 64)).all() or (len(codes) and codes[-1] & 32):
+        raise ValueError("its runs have characters of no run, or are cut off")
+    lengths = np.diff(ends, prepend=-1)
+    if (lengths > _CHARACTERS).any():
+        raise ValueError("its runs are longer than any image")
+    starts = ends - lengths + 1
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    found: NDArray[np.int64] = np.zeros(len(ends), np.int64)
+    if len(ends):
+        found = np.add.reduceat((codes & 31) << shifts, starts)
+    # The highest bit is the sign.
+    found -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
+    # From the fourth run on each is the difference to the one before last.
+    for first in (1, 2):
+        found[first::2] = np.cumsum(found[first::2])
     return found
 
 

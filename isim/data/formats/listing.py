@@ -15,7 +15,7 @@ from isim.data.problems import Problem
 from isim.errors import UserError, reason
 
 # Left by systems and programs: hidden files are passed over, too.
-_ASIDE = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"}
+_ASIDE = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "icon\r"}
 # Characters of a name in a label file that is looked up: paths of files are shorter.
 _LONGEST = 4096
 # Unicode's categories of control characters, and of what ends lines and paragraphs.
@@ -66,12 +66,12 @@ def images(folder: Path, aside: Collection[Path] = (), read: Collection[str] = (
             shown = name.encode(errors="replace").decode()
             what = f"the name of {shown} below {folder} is not UTF-8; rename it"
             problems.append(Problem("unusable name", what, shown))
-        elif any(unicodedata.category(char) in _CONTROLS for char in name):
+        elif path.suffix.lower() not in wanted:
+            others[name] = path
+        elif _has_controls(name):
             # In a list of a name a line they would be two, and in a terminal anything.
             what = f"the name of {name!r} below {folder} has control characters; rename it"
             problems.append(Problem("unusable name", what, name))
-        elif path.suffix.lower() not in wanted:
-            others[name] = path
         else:
             id_ = name[: len(name) - len(path.suffix)]
             first = found.setdefault(id_, path)
@@ -83,11 +83,13 @@ def images(folder: Path, aside: Collection[Path] = (), read: Collection[str] = (
 
 def passed_over(listing: Listing) -> list[Problem]:
     """Tell of files that may be images but are in formats that are not read."""
-    return [
-        Problem("format that is not read", f"{path} {why_not(path)}", str(path), error=False)
-        for path in listing.others.values()
-        if path.suffix.lower() not in _BESIDE
-    ]
+    found = []
+    for path in listing.others.values():
+        if path.suffix.lower() not in _BESIDE:
+            shown = repr(str(path)) if _has_controls(str(path)) else str(path)
+            what = f"{shown} {why_not(path)}"
+            found.append(Problem("format that is not read", what, shown, error=False))
+    return found
 
 
 def why_not(path: Path) -> str:
@@ -123,6 +125,10 @@ def _refuse(error: OSError) -> None:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _ASIDE
+
+
+def _has_controls(name: str) -> bool:
+    return any(unicodedata.category(char) in _CONTROLS for char in name)
 
 
 def _is_utf8(name: str) -> bool:
@@ -188,16 +194,26 @@ class Names:
         return self._others.get(last.casefold())
 
 
-def may_be_one(name: str, other: str) -> bool:
+def may_be_one(name: str, other: str, folder: str = "") -> bool:
     """Tell whether two names can be one image's: with fewer folders, without suffix, in any case.
 
-    Where the folders of two names differ, one is mostly that of an image that is missing.
+    Where the folders of two names differ, one is mostly that of an image that is missing; but those
+    down to the last one that has the name of the listed `folder` in both tell where it lay.
     """
-    texts = (unicodedata.normalize("NFC", text).replace("\\", "/") for text in (name, other))
-    one, two = (_tails(_folded(text))[0].split("/") for text in texts)
-    last, shared = sorted((one.pop(), two.pop()), key=len), min(len(one), len(two))
+    one, two = _parts(name), _parts(other)
+    last = sorted((one.pop(), two.pop()), key=len)
+    listed = _parts(folder)[-1]
+    if listed in one and listed in two:
+        one, two = (parts[len(parts) - parts[::-1].index(listed) :] for parts in (one, two))
+    shared = min(len(one), len(two))
     same_folders = one[len(one) - shared :] == two[len(two) - shared :]
     return same_folders and f"{last[1]}.".startswith(f"{last[0]}.")
+
+
+def _parts(name: str) -> list[str]:
+    """Part a name as names are compared, without steps upwards; of a name of none of them `""`."""
+    text = _folded(unicodedata.normalize("NFC", name).replace("\\", "/"))
+    return [part for part in text.split("/") if part not in ("", ".", "..")] or [""]
 
 
 def _tails(text: str) -> list[str]:

@@ -68,18 +68,23 @@ def scheme(
         for value, name in mask_values.items()
     }
     found = next((root / name for name in TABLES if (root / name).is_file()), None)
-    colors = {} if found is None else _table(found, faults)
-    named = {
-        color: id_of(name, _COLORS, f"{found} line {number}", str(found))
-        for color, (name, number) in colors.items()
-    }
+    colors: dict[Color, tuple[int, int]] = {}
+    for color, name, number in () if found is None else _table(found, faults):
+        where = f"{found} line {number}"
+        id_ = id_of(name, _COLORS, where, str(found))
+        first, earlier = colors.setdefault(color, (id_, number)) if name in ids else (id_, number)
+        # Two names may mean the same, as `void` and `ignore` do.
+        if first != id_:
+            what = f"{where}: '{name[:60]}' has the colour of line {earlier}; change one"
+            faults.append(Problem(_COLORS, what, str(found)))
     problems += faults
+    named = {color: id_ for color, (id_, _) in colors.items()}
     return Scheme(len(classes), values, named, complete=not faults)
 
 
-def _table(path: Path, faults: list[Problem]) -> dict[Color, tuple[str, int]]:
-    """Read lines such as `cat 128 0 0`, `cat:128,0,0::` or `cat #800000`: names and lines."""
-    found: dict[Color, tuple[str, int]] = {}
+def _table(path: Path, faults: list[Problem]) -> list[tuple[Color, str, int]]:
+    """Read lines such as `cat 128 0 0`, `cat:128,0,0::` or `cat #800000`: colour, name, line."""
+    found: list[tuple[Color, str, int]] = []
     try:
         lines = tagged.lines_of(path)
     except UserError as error:
@@ -107,12 +112,7 @@ def _table(path: Path, faults: list[Problem]) -> dict[Color, tuple[str, int]]:
             faults.append(Problem(_COLORS, what, str(path)))
             continue
         name = tagged.class_name((plain or coded)[1])  # type: ignore[index]
-        first, earlier = found.setdefault((color[0], color[1], color[2]), (name, number))
-        if first != name:
-            what = (
-                f"{path} line {number}: '{name[:60]}' has the colour of line {earlier}; change one"
-            )
-            faults.append(Problem(_COLORS, what, str(path)))
+        found.append(((color[0], color[1], color[2]), name, number))
     return found
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,9 @@ _NO_CLASSES = {
     "segmented", "verified", "reviewed", "checked", "width", "height", "depth", "channels", "size",
     "area", "xmin", "ymin", "xmax", "ymax", "confidence", "score", "weight",
 }  # fmt: skip
-# A tuple or a set of Python, whose names are quoted.
-_QUOTED = r"""[({]\s*(?:(?:"[^"]*"|'[^']*')\s*,?\s*)+[)}]"""
+# A tuple or a set of Python, whose names are quoted; no text can be parted in two ways.
+_NAME = r"""(?:"[^"]*"|'[^']*')"""
+_QUOTED = rf"[({{]\s*(?:{_NAME}\s*,\s*)*(?:{_NAME}\s*)?[)}}]"
 _UNUSED = "columns that are not used"
 # Line of the file and its cells.
 _Line = tuple[int, list[str]]
@@ -209,13 +210,17 @@ class _Table:
             twice = next(name for name in names if once.count(name) > 1)
             what = f"{self.path.name} has {once.count(twice)} columns '{_short(twice)}'; rename one"
             self.problems.append(Problem("columns of one name", what, str(self.path)))
-        cells = [row[p].strip() for _, row in self.lines for p in places if p < len(row)]
-        if (count := cells.count("-1")) and "0" in cells:
+        count = sum(cell == "-1" for cell in self._cells(places))
+        if count and "0" in self._cells(places):
             what = (
                 f"{self.path.name}: {count} cells are -1 beside 0; both are taken for no; where -1 "
                 "means that it is not known, take these images out of the table"
             )
             self.problems.append(Problem("cells of -1 beside 0", what, error=False))
+
+    def _cells(self, places: Sequence[int]) -> Iterator[str]:
+        for _, row in self.lines:
+            yield from (row[place].strip() for place in places if place < len(row))
 
     def _is_class(self, place: int) -> bool:
         """Tell whether at least half of a column's cells that are not empty are 0 or 1.

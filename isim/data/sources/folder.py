@@ -38,11 +38,13 @@ _ANSWERS = {"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n"}
 class _Found:
     """Findings so far: by id, but for `missing`, by what is told of it.
 
-    `strict`: images that cannot be read are errors. `listed`: the classes of `classes.txt`, if
-    there is one. `none`: the number of rows whose label says that there is none.
+    `strict`: images that cannot be read are errors. `folder`: the name of that of the images.
+    `listed`: the classes of `classes.txt`, if there is one. `none`: the number of rows whose label
+    says that there is none.
     """
 
     strict: bool
+    folder: str
     listed: tuple[str, ...] | None = None
     none: int = 0
     labels: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
@@ -76,7 +78,7 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
         raise UserError(
             f"{images} holds no image that can be read; {told[0] if told else 'put some there'}"
         )
-    found = _Found(params.unreadable == "error")
+    found = _Found(params.unreadable == "error", images.name or images.resolve().name)
     found.listed = _listed(root / _CLASSES, found.problems)
     names = Names(listing)
     found.problems += [*listing.problems, *listings.passed_over(listing)]
@@ -98,7 +100,7 @@ def read(params: Prepare, root: Path, out: Path) -> Source:
     if found.none:
         found.notes.append(f"labels: `{NONE_NAME}`, none of the classes, in {found.none} rows")
     _tell_names(names, found)
-    classes = _classes(root, found)
+    classes = _classes(root, found, given.instances)
     entries = {
         id_: Entry(
             path,
@@ -169,7 +171,10 @@ def _elsewhere(root: Path, images: Path, masks: Path | None) -> Iterator[Problem
 
 def _add_row(row: Tagged, names: Names, found: _Found) -> None:
     """Add what a label file tells of an image to what earlier rows told."""
-    ids = names.find(row.image) or (names.find(row.otherwise) if row.otherwise else set())
+    name = row.image
+    ids = names.find(name)
+    if not ids and row.otherwise:
+        ids, name = names.find(row.otherwise), _beside(row)
     if not row.image:
         return
     if len(ids) != 1:
@@ -188,12 +193,18 @@ def _add_row(row: Tagged, names: Names, found: _Found) -> None:
         return
     (id_,) = ids
     known = found.labels.get(id_)
-    if not listings.may_be_one(found.names.setdefault(id_, row.image), row.image):
+    if not listings.may_be_one(found.names.setdefault(id_, name), name, found.folder):
         what = (
-            f"{row.where}: {found.names[id_]} and {row.image} would both be image {id_}; is one of "
+            f"{row.where}: {found.names[id_]} and {name} would both be image {id_}; is one of "
             "them missing?"
         )
         found.problems.append(Problem("two names of one image", what, row.image))
+    elif row.otherwise and id_ in found.where:
+        what = (
+            f"{row.where} and {found.where[id_]} are both of image {id_}, which has the labels of "
+            "both; is another image missing?"
+        )
+        found.problems.append(Problem("two annotations of one image", what, row.image, error=False))
     if row.split and found.splits.setdefault(id_, row.split) != row.split:
         what = f"{row.where}: {id_} is of split {found.splits[id_]} in {found.where[id_]}"
         found.problems.append(Problem("image in two splits", what, row.image))
@@ -204,6 +215,12 @@ def _add_row(row: Tagged, names: Names, found: _Found) -> None:
             found.problems.append(Problem("rows that disagree", what, row.image, error=False))
         found.labels[id_] = tagged.distinct((*(known or ()), *labels))
     found.where.setdefault(id_, row.where)
+
+
+def _beside(row: Tagged) -> str:
+    """Return the other name of a row's image; without a folder it lies in that of its first one."""
+    other = row.otherwise.replace("\\", "/")
+    return other if "/" in other else f"{row.image.rpartition('/')[0]}/{other}"
 
 
 def _meant(row: Tagged, found: _Found) -> tuple[str, ...] | None:
@@ -233,8 +250,8 @@ def _tell_names(names: Names, found: _Found) -> None:
         found.problems.append(Problem("names that differ in case", what, id_, error=False))
 
 
-def _classes(root: Path, found: _Found) -> tuple[str, ...]:
-    """Find the classes, and take `background` out of the labels, with a problem."""
+def _classes(root: Path, found: _Found, given: Instances | None) -> tuple[str, ...]:
+    """Find the classes; `background`, and categories `given` without an object, are told."""
     for id_, labels in found.labels.items():
         for name in labels or ():
             if name.lower() == BACKGROUND_NAME:
@@ -261,6 +278,10 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
         if "," in name
     ]
     found.problems += _odd_classes(classes)
+    known = {*classes}
+    if given and (unused := [name for name in given.unused() if name not in known]):
+        note = f"{len(unused)} categories without an object are no classes, such as {unused[0]}"
+        found.notes.append(f"{given.path.name}: {note}")
     if not 0 < len(classes) <= MAX_CLASSES:
         what = f"{root} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible"
         found.problems.append(Problem("number of classes", what))
@@ -269,12 +290,15 @@ def _classes(root: Path, found: _Found) -> tuple[str, ...]:
 
 def _odd_classes(classes: tuple[str, ...]) -> Iterator[Problem]:
     """Tell of names that seem to be several classes, or an answer instead of a class."""
+    if not 0 < len(classes) <= MAX_CLASSES:
+        return
+    known = {*classes}
     for name in classes:
         parts = [part.strip() for part in re.split(r"[^\w-]+|_", name) if part.strip()]
-        if len(parts) > 1 and set(parts) <= {*classes}:
+        if len(parts) > 1 and set(parts) <= known:
             what = f"the class '{name}' is made of the names of others; part labels by `;`"
             yield Problem("classes made of others", what, error=False)
-    if {name.lower() for name in classes} <= _ANSWERS:
+    if {name.lower() for name in known} <= _ANSWERS:
         what = (
             f"the classes are {', '.join(classes)}; if these are answers to one question, name the "
             "column by what is asked, such as `image,defect`, instead of `labels`"
@@ -346,14 +370,29 @@ def _with_outlines(
     out: Path,
     found: _Found,
 ) -> dict[str, Entry]:
-    """Draw masks of COCO's outlines for the images whose objects all have one, and no file."""
+    """Draw masks of COCO's outlines for the images whose objects all have one, and no file.
+
+    Two entries of one image, whose masks would take each other's place, are a problem.
+    """
     ids = class_ids(classes)
-    outlined = {
+    there = {
         number: next(iter(names.find(name)))
         for number, (name, _, _) in given.images.items()
-        if number in given.objects and given.outlined(number) and len(names.find(name)) == 1
+        if number in given.objects and len(names.find(name)) == 1
     }
+    numbers: dict[str, list[int]] = {}
+    for number, id_ in there.items():
+        numbers.setdefault(id_, []).append(number)
+    outlined = {number: id_ for number, id_ in there.items() if given.outlined(number)}
     wanted = {number: id_ for number, id_ in outlined.items() if entries[id_].mask is None}
+    for id_ in dict.fromkeys(wanted.values()):
+        if len(numbers[id_]) > 1:
+            what = (
+                f"{given.path}: images {numbers[id_][0]} and {numbers[id_][1]} are both {id_}, of "
+                "which one mask is drawn; give their objects one image_id"
+            )
+            found.problems.append(Problem("two entries of one image", what, id_))
+    wanted = {number: id_ for number, id_ in wanted.items() if len(numbers[id_]) == 1}
     draw = partial(_outlined, given, ids, out / "masks")
     drawn = dict(entries)
     for (_, id_), told in zip(

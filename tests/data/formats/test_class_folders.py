@@ -41,6 +41,17 @@ def test_splits_beside_other_folders_are_no_classes():
     assert first.error and first.what.startswith("the folder train is a split only if there are no")
 
 
+def test_a_class_that_is_called_as_a_split_may_have_folders_as_others_have():
+    for ids in (["bus/day/1", "train/day/2", "car/night/3"], ["train/old/1", "bus/day/2", "car/3"]):
+        found = class_folders.read(ids)
+        assert [row.labels for row in found.rows] == [(id_.split("/")[0],) for id_ in ids]
+        (problem,) = found.problems
+        assert problem.kind == "folders in those of classes" and not problem.error
+    # Its folders are classes where others have their names.
+    (problem,) = class_folders.read(["train/cat/1", "cat/day/2", "dog/3"]).problems
+    assert problem.kind == "splits beside other folders" and problem.error
+
+
 def test_folders_in_those_of_classes_are_told():
     (problem,) = class_folders.read(["a/cat/1", "a/dog/2", "b/3"]).problems
     assert not problem.error and problem.what.startswith("2 images lie in further folders, such as")

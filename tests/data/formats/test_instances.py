@@ -1,7 +1,11 @@
 """COCO's instances: outlines of every form give the pixels that pycocotools gives."""
 
+import time
+
 import numpy as np
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from pycocotools import mask as outlines
 from support.sources import write_instances
 
@@ -60,11 +64,10 @@ def test_what_is_no_instances_file_is_refused(tmp_path):
     [
         (
             {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
-            "id of the categories 1",
+            "two of the categories differ and have the id 1",
         ),
         ({"categories": [{"id": 1, "name": None}]}, "category 1 has no name"),
-        ({"images": [("a.jpg", 1), ("b.jpg", 1)]}, "id of the images 1 is there 2 times"),
-        ({"images": [("a.jpg", 1), ("a.jpg", 2)]}, "file_name a.jpg is there 2 times"),
+        ({"images": [("a.jpg", 1), ("b.jpg", 1)]}, "two of the images differ and have the id 1"),
     ],
 )
 def test_entries_that_would_take_the_place_of_others_are_refused(tmp_path, changes, words):
@@ -77,9 +80,19 @@ def test_entries_that_would_take_the_place_of_others_are_refused(tmp_path, chang
         instances.read(tmp_path / "a.json", given)
 
 
-def test_categories_without_an_object_are_told(read):
-    (note,) = read({"segmentation": [SQUARE]}).tags().notes
-    assert note == "instances.json: 1 categories without an object are no classes, such as a"
+def test_entries_that_are_there_twice_and_categories_of_one_name_are_one(tmp_path):
+    image = {"file_name": "a.jpg", "id": 4, "height": 6, "width": 8}
+    categories = [{"id": number, "name": name} for number, name in ((1, "cat"), (2, "dog"))]
+    categories += [{"id": 1, "name": "cat"}, {"id": 3, "name": " cat"}]
+    objects = [
+        {"image_id": 4, "category_id": 1, "area": 4, "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]},
+        {"image_id": 4, "category_id": 3, "area": 4, "segmentation": [[5, 3, 7, 3, 7, 5, 5, 5]]},
+    ]
+    write_instances(tmp_path / "a.json", categories, [image, image], objects)
+    found = instances.read(tmp_path / "a.json")
+    assert found.classes == ("cat", "dog") and found.unused() == ["dog"]
+    assert [row.labels for row in found.tags().rows] == [("cat",)]
+    assert (found.mask(4, instances.class_ids(found.classes)) == 1).sum() == 8
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,6 +102,55 @@ def test_runs_that_do_not_fill_the_image_are_refused(read, seed):
     found = read({"segmentation": {"size": [6, 8], "counts": packed}})
     assert np.array_equal(found.mask(4, {"b": 1, "a": 2}), inside)
     # The rest would be as the memory was.
-    for counts in (packed[:-1], "", [10, 20]):
-        with pytest.raises(UserError, match="its runs are of"):
+    for counts in (packed[:-1], f"{packed}0o", f"{packed[:4]}\x00{packed[4:]}", "", [10, 20]):
+        with pytest.raises(UserError, match=r"its runs (are|have)"):
             read({"segmentation": {"size": [6, 8], "counts": counts}}).mask(4, {"b": 1, "a": 2})
+
+
+@drawn(
+    st.integers(0, 2**32), st.integers(1, 90), st.integers(1, 90), st.sampled_from([0, 1, 2, 50])
+)
+def test_packed_runs_are_those_of_pycocotools(seed, height, width, blur):
+    noise = np.random.default_rng(seed).random(height * width)
+    # Long runs are of several characters.
+    near = np.convolve(noise, np.ones(blur + 1), "same")[: noise.size]
+    smooth = near > (blur + 1) / 2
+    inside = smooth.reshape((height, width), order="F")
+    packed = outlines.encode(np.asfortranarray(inside, np.uint8))
+    ends = np.flatnonzero(np.diff(smooth.astype(int), prepend=0))
+    expected = np.diff(ends, prepend=0, append=smooth.size).tolist()
+    found = instances._runs(packed["counts"].decode()).tolist()
+    assert found == expected and sum(found[1::2]) == outlines.area(packed)
+    assert instances._runs([float(run) for run in expected]).tolist() == expected
+    # What is taken for uncompressed runs gives the same mask.
+    plain = outlines.frPyObjects({"size": [height, width], "counts": expected}, height, width)
+    assert plain["counts"] == packed["counts"]
+
+
+def test_runs_of_the_largest_images_are_read_at_once():
+    places = np.random.default_rng(0).integers(0, 1 << 26, 300_000)
+    side = 1 << 13
+    inside = np.zeros(side * side, np.uint8)
+    inside[places] = 1
+    packed = outlines.encode(inside.reshape((side, side), order="F"))["counts"].decode()
+    start = time.perf_counter()
+    assert instances._runs(packed).sum() == side * side
+    for damaged in ("o" * 400_000, f"{'o' * 400_000}0", f"{packed}ooooooo0"):
+        with pytest.raises(ValueError, match=r"its runs (are|have)"):
+            instances._runs(damaged)
+    assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[10, 60, -22], [10.5, 37.5], [float("nan"), 48], [1e300], [2**70], [[48]], ["48"], [None],
+     "o", "0p", "0\u00e9", [0, 2**33, 48], [True]],
+)  # fmt: skip
+def test_runs_that_are_none_are_refused(read, counts):
+    with pytest.raises(UserError, match=r"an outline of s/a.jpg is unusable"):
+        read({"segmentation": {"size": [6, 8], "counts": counts}}).mask(4, {"b": 1, "a": 2})
+
+
+def test_runs_may_be_whole_floats(read):
+    found = read({"segmentation": {"size": [6, 8], "counts": [7.0, 4.0, 37.0]}})
+    assert (found.mask(4, {"b": 1, "a": 2}) == 1).sum() == 4

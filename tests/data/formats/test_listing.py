@@ -63,12 +63,16 @@ def test_names_that_are_no_text_are_problems(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_names_with_control_characters_are_problems(tmp_path):
     # A screenshot of macOS has the second character, and a family the third.
-    for name in ("a\nb.png", "a\x1b[31m.png", "10.00\u202fAM \u200d.png"):
+    for name in ("a\nb.png", "a\x1b[31m.png", "10.00\u202fAM \u200d.png", "c\n.cr2", "d\n.txt"):
         (tmp_path / name).touch()
+    # macOS writes one into each folder that has an icon of its own.
+    (tmp_path / "Icon\r").touch()
     found = listing.images(tmp_path)
     assert list(found.images) == ["10.00\u202fAM \u200d"] and len(found.problems) == 2
     assert all("control characters; rename it" in problem.what for problem in found.problems)
-    assert all(problem.what.isprintable() for problem in found.problems)
+    (odd,) = listing.passed_over(found)
+    assert "c\\n.cr2' is in a format that is not read" in odd.what and not odd.error
+    assert all(problem.what.isprintable() for problem in (*found.problems, odd))
 
 
 @pytest.mark.parametrize(
@@ -102,3 +106,28 @@ def test_names_of_label_files_find_images(tmp_path, name, ids):
     names = Names(listing.images(tmp_path))
     assert names.find(name) == ids
     assert bool(names.by_case) == (name in ("A.JPG", "S/B.PNG", "B", "e.png", "s/e.png "))
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "is_one"),
+    [
+        ("p/1.jpg", "q/1.jpg", False),
+        ("p/1.jpg", "1", True),
+        ("p/1.jpg", "P/1.JPG", True),
+        ("p/1.jpg", "p/1.png", False),
+        ("/home/anna/p/images/1.jpg", "/home/ben/p/images/1.jpg", True),
+        (r"C:\\p\images\1.jpg", "../Images/1.jpg", True),
+        ("../images/1.jpg", "p/images/1.jpg", True),
+        ("../1.jpg", "p/1.jpg", True),
+        ("a/images/p/1.jpg", "b/images/p/1.jpg", True),
+        ("a/images/p/1.jpg", "a/images/q/1.jpg", False),
+        ("/home/anna/1.jpg", "/home/ben/1.jpg", False),
+        ("images/1.jpg", "q/1.jpg", False),
+        ("images/q/1.jpg", "q/1.jpg", True),
+        ("/", "..", True),
+    ],
+)
+def test_names_whose_folders_differ_below_the_listed_one_are_two(one, two, is_one):
+    assert (
+        listing.may_be_one(one, two, "images") == listing.may_be_one(two, one, "images") == is_one
+    )

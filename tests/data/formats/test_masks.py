@@ -87,6 +87,15 @@ def test_lines_of_a_table_that_are_none_are_told(tmp_path, line):
     assert (values == 255).all() and values.shape == (1, 2) and not simple
 
 
+def test_names_of_one_meaning_may_share_a_colour(tmp_path):
+    lines = "void 224 224 192\nignore #e0e0c0\ncat 1 2 3\ncat:1,2,3::\n"
+    (tmp_path / "colors.txt").write_text(lines)
+    assert _told(tmp_path) == []
+    (tmp_path / "colors.txt").write_text(f"{lines}dog 224 224 192\n")
+    (problem,) = _told(tmp_path)
+    assert problem.what.endswith("line 5: 'dog' has the colour of line 1; change one")
+
+
 def test_all_faults_of_a_table_and_of_the_values_are_told(tmp_path):
     (tmp_path / "colors.txt").write_text("cat 1 2\ncat 1 2 3\nbird 3 2 1\n")
     problems = []

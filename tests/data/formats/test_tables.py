@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 
 import pytest
 from hypothesis import given
@@ -149,12 +150,25 @@ def test_an_unknown_split_is_a_problem(path):
         ("cat (old)", ("cat (old)",)),
         ("(old)", ("(old)",)),
         ("dogs'", ("dogs'",)),
+        ("('a' 'b')", ("('a' 'b')",)),
+        ("()", ()),
     ],
 )
 def test_what_programs_put_around_names_is_taken_off(path, cell, names):
     path.write_text(f"image,labels\na.jpg,{cell}\n")
     (row,) = tables.read(path).rows
     assert row.labels == names
+
+
+@pytest.mark.parametrize("end", [")", " x", ",", "", " " * 10_000])
+def test_a_cell_of_many_names_is_read_at_once(end):
+    names = [f"c{number}" for number in range(10_000)]
+    for between in (" ", ", "):
+        cell = f"({between.join(map(repr, names))}{end}"
+        start = time.perf_counter()
+        found = tables._names(cell, ())
+        assert time.perf_counter() - start < 0.5
+        assert found == (names if (between, end) == (", ", ")") else [cell.strip()])
 
 
 def test_columns_of_one_name_and_cells_that_may_be_unknown_are_told(path):

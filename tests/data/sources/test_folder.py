@@ -414,11 +414,78 @@ def test_an_annotation_does_not_add_to_the_image_of_another_one(tmp_path, own):
     write(tmp_path / "Annotations/b.XML", annotation("y", file="b.jpg"))
     _, problems = checked(tmp_path, val_fraction=0)
     refuse(problems)
-    # Copied with its image, which is gone, but not with another name inside.
-    write(tmp_path / "Annotations/c.xml", annotation("y", file="a.jpg"))
+    # Of one more annotator, or copied with an image that is gone.
+    write(tmp_path / f"Annotations/{own[:-5]}c.xml", annotation("y", file="a.jpg"))
+    found, problems = checked(tmp_path, val_fraction=0)
+    refuse(problems)
+    assert labels(found.source)[own[:-4]] == ("x", "y")
+    (problem,) = [one for one in problems if one.kind == "two annotations of one image"]
+    assert "which has the labels of both; is another image missing?" in problem.what
+
+
+def test_an_annotation_of_another_folder_is_that_of_another_image(tmp_path):
+    put_photos(tmp_path / "images", ["a.jpg", "b.jpg"])
+    for path, name in (("one/1.xml", "x"), ("one/2.xml", "y"), ("two/1.xml", "y")):
+        write(tmp_path / f"Annotations/{path}", annotation(name, file="a.jpg"))
+    write(tmp_path / "Annotations/b.xml", annotation("y"))
     _, problems = checked(tmp_path, val_fraction=0)
     (problem,) = [problem for problem in problems if problem.error]
-    assert problem.kind == "two names of one image" and "is one of them missing?" in problem.what
+    assert problem.what.startswith("two/1.xml: one/a.jpg and two/a.jpg would both be image a; is")
+
+
+def test_rows_of_one_image_by_the_paths_of_several_people_are_taken_together(tmp_path):
+    paths = ["/home/anna/p/images/a.jpg,x", r"C:\ben\images\a.jpg,y", "../images/a.jpg,z", "b.jpg,"]
+    make_folder(tmp_path, [*paths, "p/images/a.jpg,x"], SIX)
+    source = read(tmp_path)
+    refuse(source.problems)
+    assert labels(source)["a"] == ("x", "y", "z")
+
+
+@pytest.mark.parametrize("outlined", [0, 1, 2])
+def test_two_entries_of_one_image_are_one_unless_a_mask_is_drawn(tmp_path, outlined):
+    put_photos(tmp_path / "images", ["a.jpg", "b.jpg"])
+    names = {1: "a.jpg", 2: "images/a.jpg", 3: "b.jpg", 4: "b.jpg"}
+    entries = [
+        {"id": number, "file_name": name, "height": 6, "width": 8} for number, name in names.items()
+    ]
+    square = {"area": 9, "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]}
+    objects = [
+        {"image_id": number, "category_id": number, **(square if number <= outlined else {})}
+        for number in (1, 2)
+    ]
+    # The other entry of this image has no object.
+    objects += [{"image_id": 3, "category_id": 1, **square}]
+    categories = [{"id": number, "name": name} for number, name in ((1, "x"), (2, "y"), (3, "z"))]
+    write_instances(tmp_path / "labels.json", categories, entries, objects)
+    source = read(tmp_path)
+    assert labels(source) == {"a": ("x", "y"), "b": ("x",)}
+    assert source.entries["a"].mask is None
+    assert (read_label_map(source.entries["b"].mask) == 1).sum() == 9
+    told = [problem.what for problem in source.problems if problem.error]
+    assert len(told) == (outlined > 0)
+    assert all(
+        "images 1 and 2 are both a, of which one mask is drawn; give" in what for what in told
+    )
+    # A file of a mask counts instead.
+    mask(tmp_path, "a.png", HALF)
+    refuse(read(tmp_path).problems)
+
+
+def test_categories_without_an_object_are_no_classes_unless_they_are_listed(tmp_path):
+    coco_of_other_size(tmp_path, "y")
+    words = "labels.json: 1 categories without an object are no classes, such as y"
+    source = read(tmp_path)
+    assert source.classes == ("x",) and words in source.notes
+    write(tmp_path / "classes.txt", "y\nx\n")
+    source = read(tmp_path)
+    assert source.classes == ("y", "x") and not any("categories" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("count", [0, 300])
+def test_an_impossible_number_of_classes_is_told_alone(tmp_path, count):
+    make_folder(tmp_path, ["a.jpg," + ";".join(map(str, range(count))), "b.jpg,"], SIX)
+    (problem,) = read(tmp_path).problems
+    assert problem.kind == "number of classes"
 
 
 def test_sizes_of_outlines_are_those_of_the_image(tmp_path):
@@ -438,12 +505,13 @@ def test_blanks_before_names_of_files_do_not_matter(tmp_path):
     assert "c.jpg is taken for  c, whose name differs in case or blanks" in problem.what
 
 
-def coco_of_other_size(root):
+def coco_of_other_size(root, *more):
     put_photos(root / "images", ["a.jpg", "b.jpg"])
     one = {"id": 1, "file_name": "a.jpg", "height": 8, "width": 6}
     square = {"image_id": 1, "category_id": 1, "area": 9, "segmentation": [[1, 1, 4, 1, 4, 4]]}
     other = {"id": 2, "file_name": "b.jpg", "height": 6, "width": 8}
-    write_instances(root / "labels.json", [{"id": 1, "name": "x"}], [one, other], [square])
+    categories = [{"id": number, "name": name} for number, name in enumerate(("x", *more), start=1)]
+    write_instances(root / "labels.json", categories, [one, other], [square])
     return root / "labels.json"
 
 
