@@ -49,7 +49,7 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	python benchmarks/all.py
 
-# Outside the suite: twenty kills at random moments take about ten minutes.
+# Outside the suite: twenty kills at random moments take about five minutes.
 torture: $(INSTALLED)
 	python benchmarks/torture.py
 
