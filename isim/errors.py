@@ -76,6 +76,8 @@ _BLANKS = re.compile(
     r"(?<=[\w+.-]://)[^\s/:@'\"]{0,100}:(?!\d{1,5}(?!\w))[^\s/@'\"]{1,100}"
     r"(?:[ ][^\s/:@'\"]{1,100}){1,3}@(?=[\w\[])"
 )
+# What a stream takes as it is are line ends and tabs, and what a bar writes that has others above.
+_WITHIN, _LINES_UP = re.compile(r"[^\n\r\t]+"), re.compile(r"(?:\x1b\[A)+")
 # Environment variables that hold nothing else.
 _VARIABLE = re.compile(rf"(?i)(?:{_SURE}|token|credentials?|(?:^|_)(?:pwd|pass))$")
 # Characters of a secret of the environment, of its pieces, and of a user who may be a token, below
@@ -291,12 +293,6 @@ def _without_users(found: re.Match[str]) -> str:
     return "".join([*parts, word[done:]])
 
 
-# Control characters that move no line, and those that turn text around: a terminal obeys them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Written by itself it is a bar's that has others above it.
-_LINES_UP = re.compile(r"(?:\x1b\[A)+")
-
-
 def hide_secrets(stream: TextIO) -> None:
     r"""Let a stream write no secret, whoever writes to it: prints, logs, warnings, tracebacks.
 
@@ -308,7 +304,7 @@ def hide_secrets(stream: TextIO) -> None:
         def hidden(text: str, /) -> int:
             shown = text
             if not _LINES_UP.fullmatch(text):
-                shown = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], without_secrets(text))
+                shown = _WITHIN.sub(lambda found: printable(found[0]), without_secrets(text))
             write(shown)
             return len(text)
 

@@ -9,7 +9,6 @@ import contextlib
 import gc
 import importlib
 import logging
-import os
 import shutil
 import sys
 import time
@@ -24,8 +23,8 @@ from pydantic import BaseModel
 
 from isim.data import files, prepared
 from isim.data.prepared import Item
-from isim.errors import UserError, cut
-from isim.params import Params, flatten, load, read_yaml
+from isim.errors import UserError
+from isim.params import Params, load
 from isim.reporting import pictures, tracking
 from isim.runtime import (
     atomic,
@@ -38,6 +37,7 @@ from isim.runtime import (
     memory,
     processes,
     progress,
+    recorded,
 )
 from isim.runtime import figures as record
 from isim.runtime.here import Here
@@ -49,8 +49,6 @@ _REPORTS = "reports"
 _PICTURES = "pictures"
 # Parameters that say how a run is watched, and change nothing that it makes.
 _WATCHED = {"pictures", "score_every"}
-# All as params.yaml had them when those of the running stage were read.
-_given: dict[str, Any] | None = None
 
 
 class Published(Exception):
@@ -248,9 +246,8 @@ def opened(
         _require_unchanged(root)
     words = tuple(filter(None, (word, label_set)))
     base = home(root) / ".isim"
-    given = _given or _written(root)
-    # Before they are hashed: what changes then is seen at the end.
-    times = identity.of_times(_recorded_of(reads, root).values())
+    # Before the inputs are hashed: what changes then is seen at the end.
+    before = recorded.of_stage(root, reads)
     here = Stage(
         base,
         getattr(params, "precision", "fp32"),
@@ -274,7 +271,8 @@ def opened(
         yield here
         processes.barrier()
         if processes.is_main():
-            _require_same(given, times, here, reads)
+            if before is not None:
+                before.require_same(here.hashes)
             done = here._finished(place)
             done.publish(here.resume)
             for name, model in here._models.items():
@@ -325,65 +323,7 @@ def _require_unchanged(root: Path) -> None:
 
 def _hashes(reads: Mapping[str, Path]) -> dict[str, str]:
     """Hash the inputs, in the first process: all read the same folder."""
-    return processes.broadcast(_digests(reads) if processes.is_main() else {})
-
-
-def _digests(reads: Mapping[str, Path]) -> dict[str, str]:
-    return {name: identity.md5(path) for name, path in reads.items() if path.exists()}
-
-
-def _require_same(
-    given: Mapping[str, Any], times: str, here: "Stage", reads: Mapping[str, Path]
-) -> None:
-    """Check that DVC will record what the stage has read. Raises UserError if not.
-
-    DVC looks at parameters and data when a stage has ended. Whoever writes the values of the next
-    experiment into params.yaml meanwhile would find the figures of the old ones under the new.
-    """
-    recorded = _recorded(here.root)
-    starts = tuple(f"{name}." for name in recorded.get("params") or ())
-    now, own = _written(here.root), _recorded_of(reads, here.root)
-    names = [n for n in sorted(given.keys() | now.keys()) if f"{n}.".startswith(starts)]
-    wrong = [f"{name} in params.yaml" for name in names if given.get(name) != now.get(name)]
-    if times != identity.of_times(own.values()):
-        # Links to a file change its time, too.
-        found = _digests(own)
-        wrong += [str(own[name]) for name in own if found.get(name) != here.hashes.get(name)]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(
-            f"{cut(wrong[0], 80)}{more} changed while the stage ran, and DVC would record its "
-            "result as one of the new; take the change back and run the same command again to have "
-            "the result, or run it as it is to compute the new one"
-        )
-
-
-def _written(root: Path) -> dict[str, Any]:
-    """Read the parameters as they are written, by dotted name; none where DVC records none."""
-    if not (processes.is_main() and finished.under_dvc()):
-        return {}
-    path = root / "params.yaml"
-    return flatten(read_yaml(path)) if path.exists() else {}
-
-
-def _recorded(root: Path) -> dict[str, Any]:
-    """Read the entry of the running stage in dvc.yaml; empty without DVC."""
-    name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[0]
-    found = finished.stages_of(root / "dvc.yaml").get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _recorded_of(reads: Mapping[str, Path], root: Path) -> dict[str, Path]:
-    """Choose what DVC records of what a stage reads: a user's folder of masks it does not."""
-    if not (processes.is_main() and finished.under_dvc()):
-        return {}
-    deps = [(root / str(dep)).absolute() for dep in _recorded(root).get("deps") or ()]
-    places = {name: path.absolute() for name, path in reads.items()}
-    return {
-        name: reads[name]
-        for name, place in places.items()
-        if any(dep.is_relative_to(place) or place.is_relative_to(dep) for dep in deps)
-    }
+    return processes.broadcast(identity.of_inputs(reads) if processes.is_main() else {})
 
 
 def _identity(here: Stage, words: tuple[str, ...], params: BaseModel, state: str) -> str:
@@ -442,7 +382,6 @@ def start(word: str, root: Path, *arguments: str) -> None:
 
     Raises UserError as the stage; a wrong parameter is told before the stage is imported.
     """
-    global _given
     told = progress.watched(" ".join((word, *arguments)))
     base = home(root) / ".isim"
     with processes.started(base), told:
@@ -457,7 +396,7 @@ def start(word: str, root: Path, *arguments: str) -> None:
         # What the stage reads is then what its identity is made of.
         with alone("-".join((word, *arguments)), base):
             # As they are after the wait.
-            _given = _written(root)
+            recorded.remember(root)
             params = load(root / "params.yaml")
             if processes.is_main():
                 _look_after(base, root, (word, *arguments))
@@ -472,7 +411,7 @@ def start(word: str, root: Path, *arguments: str) -> None:
                     " has not come to hold it since: published again"
                 )
             finally:
-                _given = None
+                recorded.forget()
 
 
 def _look_after(base: Path, root: Path, own: tuple[str, ...]) -> None:

@@ -314,17 +314,6 @@ def test_dvc_records_nothing_that_the_stage_has_not_read(
     assert out.read_text() == "figures"
 
 
-def test_parameters_that_change_before_a_stage_is_opened_are_seen_at_its_end(
-    opened, dvc, tmp_path, monkeypatch
-):
-    """Libraries and networks are loaded in between."""
-    (tmp_path / "dvc.yaml").write_text("stages: {evaluate: {params: [evaluate]}}")
-    (tmp_path / "params.yaml").write_text("evaluate: {steps: 2}")
-    monkeypatch.setattr(stage, "_given", {"evaluate.steps": 1})
-    with pytest.raises(UserError, match=r"evaluate\.steps in params\.yaml changed while"), opened():
-        pass
-
-
 def test_equal_outs_of_an_earlier_record_are_no_record_of_this_run(make, dvc, tmp_path):
     """Other code or parameters gave the same files."""
     make()

@@ -49,6 +49,11 @@ def md5(path: Path) -> str:
     return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
 
 
+def of_inputs(places: Mapping[str, Path]) -> dict[str, str]:
+    """Return the md5 of each of the files and folders that there are, by name; errors of `md5`."""
+    return {name: md5(path) for name, path in places.items() if path.exists()}
+
+
 def of_times(places: Iterable[Path]) -> str:
     """Return 12 hex digits that change with any name, size or time of change of files in places.
 

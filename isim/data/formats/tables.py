@@ -3,7 +3,8 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,23 +205,20 @@ class _Table:
 
     def _tell_marks(self, places: Sequence[int]) -> None:
         """Tell of columns of one name, and of -1 beside 0, which may mean that it is not known."""
-        names = tagged.distinct(self.header[place] for place in places)
-        if len(names) < len(places):
-            once = [tagged.class_name(self.header[place]) for place in places]
-            twice = next(name for name in names if once.count(name) > 1)
-            what = f"{self.path.name} has {once.count(twice)} columns '{_short(twice)}'; rename one"
-            self.problems.append(Problem("columns of one name", what, str(self.path)))
-        count = sum(cell == "-1" for cell in self._cells(places))
-        if count and "0" in self._cells(places):
+        names = Counter(tagged.class_name(self.header[place]) for place in places)
+        for name, count in names.items():
+            if count > 1:
+                what = f"{self.path.name} has {count} columns '{_short(name)}'; rename one"
+                self.problems.append(Problem("columns of one name", what, str(self.path)))
+        cells = Counter(
+            row[place].strip() for _, row in self.lines for place in places if place < len(row)
+        )
+        if cells["-1"] and cells["0"]:
             what = (
-                f"{self.path.name}: {count} cells are -1 beside 0; both are taken for no; where -1 "
-                "means that it is not known, take these images out of the table"
+                f"{self.path.name}: {cells['-1']} cells are -1 beside 0; both are taken for no; "
+                "where -1 means that it is not known, take these images out of the table"
             )
             self.problems.append(Problem("cells of -1 beside 0", what, error=False))
-
-    def _cells(self, places: Sequence[int]) -> Iterator[str]:
-        for _, row in self.lines:
-            yield from (row[place].strip() for place in places if place < len(row))
 
     def _is_class(self, place: int) -> bool:
         """Tell whether at least half of a column's cells that are not empty are 0 or 1.
@@ -274,7 +272,7 @@ def _names(cell: str, marks: Sequence[str]) -> list[str]:
     """Part the labels of a cell; Python's and JSON's lists are understood, too."""
     text = cell.strip()
     if (text.startswith("[") and text.endswith("]")) or re.fullmatch(_QUOTED, text):
-        return [name.strip().strip("'\"") for name in text[1:-1].split(",")]
+        return [_unquoted(name) for name in text[1:-1].split(",")]
     for mark in marks[1:]:
         text = text.replace(mark, marks[0])
     return [_unquoted(name) for name in (text.split(marks[0]) if marks else [text])]
@@ -283,7 +281,7 @@ def _names(cell: str, marks: Sequence[str]) -> list[str]:
 def _unquoted(name: str) -> str:
     """Take off quotes that are left around a name."""
     text = name.strip()
-    quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted and text[0] not in text[1:-1] else text
 
 
