@@ -94,6 +94,8 @@ Scales = Annotated[
 Splits = Annotated[tuple[Text, ...], List, Field(min_length=1, max_length=32)]
 Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
+# Longer side that images are resized to.
+MOST_PIXELS = 4096
 # Patches a side of a grid whose affinities are walked along: 1 GB of those of all pairs.
 MOST_SIDE = 128
 
@@ -205,23 +207,41 @@ class Features(Section):
     """Features of a frozen encoder, computed once an image and kept on disk.
 
     `sides` are lengths in pixels of the longer side that images are resized to, `stages` how many
-    of the encoder's last maps the heads see.
+    of the encoder's last maps the heads see. What learnt at `sides` answers at `scales` times them.
     """
 
     sides: Annotated[
-        tuple[Annotated[int, Field(ge=32, le=4096)], ...],
+        tuple[Annotated[int, Field(ge=32, le=MOST_PIXELS)], ...],
         List,
         Field(min_length=1, max_length=16),
         _squares("sides", 1 << 25),
     ]
+    scales: Annotated[
+        tuple[Annotated[float, Field(ge=0.25, le=4, allow_inf_nan=False)], ...],
+        List,
+        Field(min_length=1, max_length=16),
+    ]
     stages: Annotated[int, Field(ge=1, le=3)]
 
-    @field_validator("sides")
+    @field_validator("sides", "scales")
     @classmethod
-    def _sides_differ(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(sides)) < len(sides):
-            raise ValueError("a side is named twice; name each once")
-        return sides
+    def _each_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("one is named twice; name each once")
+        return values
+
+    @model_validator(mode="after")
+    def _fit_the_memory(self) -> Self:
+        if (side := max(self.sides) * max(self.scales)) > MOST_PIXELS:
+            raise ValueError(
+                f"scales: {max(self.scales):g} times {max(self.sides)} px is {side:g}, more than "
+                f"{MOST_PIXELS}; use a smaller one"
+            )
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """Return its values by their names in a network's configuration."""
+        return {"sides": self.sides, "stages": self.stages, "feature_scales": self.scales}
 
 
 class DenseWalk(Section):
@@ -406,10 +426,11 @@ class TrainCam(Training):
                     f"{name}: method {self.method} has no decoder; use deeplabcam or another"
                 )
         if self.method == "frozen":
-            if max(self.features.sides) > MOST_SIDE * stride:
+            largest = round(max(self.features.sides) * max(1, *self.features.scales))
+            if largest > MOST_SIDE * stride:
                 raise ValueError(
-                    f"features.sides: {max(self.features.sides)} at output_stride {stride} is more "
-                    f"than {MOST_SIDE} patches a side, whose affinities fill the memory; use "
+                    f"features.sides: {largest} (with its scales) at output_stride {stride} is "
+                    f"more than {MOST_SIDE} patches a side, whose affinities fill the memory; use "
                     f"{MOST_SIDE * stride} at most"
                 )
             if self.start == "previous" and not self.frozen.rounds:
@@ -711,22 +732,19 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - a round-trip YAML tree
     Raises:
         UserError: The file is missing, unreadable or no mapping.
     """
-    tree, _ = _trees(path)
-    return tree
+    return _tree(path, "rt")
 
 
-def _trees(path: Path) -> tuple[Any, Any]:
-    """Read a YAML file twice, from one content: with its comments, and as plain values."""
+def _tree(path: Path, kind: str) -> Any:  # noqa: ANN401 - a YAML tree
+    """Read a YAML file with its comments (`rt`) or as plain values (`safe`)."""
     try:
         with errors.reading(path, "mend it, or write one by `isim preset demo`", "is no YAML"):
-            text = errors.text(path, _MOST_BYTES)
-            tree = YAML(typ="rt").load(text)
-            plain = YAML(typ="safe").load(text)
+            tree = YAML(typ=kind).load(errors.text(path, _MOST_BYTES))
     except UserError as error:
         raise _mendable(path, error) from error.__cause__
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train_cam:`, found none")
-    return tree, plain
+    return tree
 
 
 def _mendable(path: Path, error: UserError) -> UserError:
@@ -752,8 +770,7 @@ def _mendable(path: Path, error: UserError) -> UserError:
 
 def load(path: Path) -> Params:
     """Read and check `params.yaml`; errors are those of `read_yaml` and of `validate`."""
-    _, plain = _trees(path)
-    return validate(plain, str(path))
+    return validate(_tree(path, "safe"), str(path))
 
 
 def validate(tree: dict[str, Any], where: str) -> Params:

@@ -176,10 +176,14 @@ def test_a_previous_network_labels_a_round(tree):
 
 def test_a_grid_whose_affinities_fill_the_memory_is_refused(tree):
     tree["train_cam"] |= {"method": "frozen", "output_stride": 16}
-    tree["train_cam"]["features"] = {"sides": [2048], "stages": 1}
+    tree["train_cam"]["features"] = {"sides": [2048], "scales": [1.0], "stages": 1}
     assert params.validate(tree, "here").train_cam.features.sides == (2048,)
     tree["train_cam"]["features"]["sides"] = [512, 2080]
     assert refusal(tree).endswith("whose affinities fill the memory; use 2048 at most")
+    tree["train_cam"]["features"] |= {"sides": [1024], "scales": [0.5, 2.25]}
+    assert "features.sides: 2304 (with its scales)" in refusal(tree)
+    tree["train_cam"]["features"]["scales"] = [0.5, 4.5]
+    assert "features.scales" in refusal(tree)
 
 
 def test_a_wrong_affinity_is_reported_once(tree):

@@ -55,6 +55,7 @@ class CamConfig(common.Config):
     std: tuple[float, ...]
     # Method frozen: its features, its head and the walk of its planes; see `models.frozen`.
     sides: tuple[int, ...] = ()
+    feature_scales: tuple[float, ...] = (1.0,)
     stages: int = 0
     head_kind: str = "none"
     head_width: int = 0
@@ -329,7 +330,7 @@ def configure(params: TrainCam, classes: tuple[str, ...]) -> CamConfig:
     """
     own: dict[str, Any] = {}
     if params.method == "frozen":
-        own = {**params.features.model_dump(), **params.dense_walk.model_dump()}
+        own = {**params.features.facts(), **params.dense_walk.model_dump()}
         own |= {"affinity": params.frozen.affinity, "pooling": params.frozen.pooling}
         own["head_width"] = params.frozen.head.width
     config = encoders.configure(CamConfig, params, classes=classes, **own)

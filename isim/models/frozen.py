@@ -254,6 +254,17 @@ class FrozenNetwork(encoders.EncoderNetwork):
         grown: Tensor = planes.unflatten(1, maps.shape[1:])
         return grown
 
+    def mean(self, planes: Sequence[Tensor]) -> Tensor:
+        """Average planes (K', H, W) of several scales, as high as those of `planes` again.
+
+        Peaks that lie apart at two scales are lower in the mean, where a tag would be lost.
+        """
+        if len(planes) == 1:
+            return planes[0]
+        averaged = torch.stack(list(planes)).mean(0)
+        flat = averaged.flatten(1)
+        return (_over_maximum(flat) if self.head is None else _raised(flat)).view_as(averaged)
+
     def affinity(
         self, patches: Tensor, scores: Tensor, walk: _WalkConfig, attention: Tensor | None
     ) -> Tensor:

@@ -58,6 +58,7 @@ class SegmenterConfig(common.Config):
     std: tuple[float, ...]
     # Method frozen: its features and head (`models.frozen`).
     sides: tuple[int, ...] = ()
+    feature_scales: tuple[float, ...] = (1.0,)
     stages: int = 0
     head_kind: str = "none"
     head_width: int = 0
@@ -167,7 +168,7 @@ def configure(params: TrainSegmenter, classes: tuple[str, ...]) -> SegmenterConf
     """Describe the segmenter that a section asks for; errors as of `encoder.configure`."""
     own: dict[str, Any] = {}
     if params.method == "frozen":
-        own = params.features.model_dump()
+        own = params.features.facts()
         own |= {"head_kind": params.head.kind, "head_width": params.head.width}
     return encoders.configure(SegmenterConfig, params, classes=classes, **own)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from isim.data.prepared import Item
@@ -58,14 +57,9 @@ def prepared(here: Here, network: CamNetwork, config: CamConfig) -> CamNetwork:
 def _grown(
     cached: Features, config: CamConfig, items: Sequence[Item], images: Tensor
 ) -> list[Tensor]:
-    """CAMs (K', H, W) of a frozen network, upsampled from its grid."""
-    size, found = tuple(images.shape[-2:]), []
-    for item in items:
-        planes = cached.planes(config, item)
-        if len(planes):
-            planes = F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0]
-        found.append(planes if len(planes) else planes.new_zeros(0, *size))
-    return found
+    """CAMs (K', H, W) of a frozen network, brought from its grids to that size."""
+    height, width = images.shape[-2:]
+    return [cached.planes(config, item, (height, width)) for item in items]
 
 
 def grids(

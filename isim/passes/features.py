@@ -7,13 +7,15 @@ computed again.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isim import errors
@@ -32,6 +34,7 @@ from isim.runtime.here import Here
 # Another form or way of making them has another number.
 _FORMAT = 1
 Network = TypeVar("Network", bound=nn.Module)
+Config = TypeVar("Config", bound=CamConfig | SegmenterConfig)
 
 
 class Features:
@@ -43,16 +46,23 @@ class Features:
         network: The network.
         folder: Where they lie; another encoder, other weights, sides or stages have another one.
         pooling: That of the classifier.
+        scales: Features at each of the configuration's scales, these themselves at scale 1.
     """
 
     def __init__(
         self, here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
     ) -> None:
-        """Find the folder; nothing is computed yet."""
+        """Find the folders; nothing is computed yet."""
         self._here, self.network, self._config = here, network, config
         self._attends = _attends(config)
         self.pooling = config.pooling if isinstance(config, CamConfig) else "gap"
         self._digests: dict[str, str] = {}
+        self.scales: list[Features] = []
+        for scale, at in zip(config.feature_scales, at_scales(config), strict=True):
+            own = self if scale == 1 else Features(here, network, at)
+            # An image is digested once.
+            own._digests = self._digests
+            self.scales.append(own)
         told = {
             # Another version of these may compute other features.
             "made by": [_FORMAT, *(version(name) for name in ("timm", "torch"))],
@@ -66,11 +76,17 @@ class Features:
         }
         self.folder = here.cache / "features" / identity.digest(told)
 
-    def prepare(self, items: Sequence[Item]) -> None:
+    def prepare(self, items: Sequence[Item], asked: Sequence[Item] = ()) -> None:
         """Compute the features of images that have none, and tell how many and their size.
 
-        Raises UserError for an unreadable image, a failed write, or features that are not finite.
+        Those `asked` about get theirs at every scale. Raises UserError for an unreadable image, a
+        failed write, or features that are not finite.
         """
+        for features in self.scales:
+            if features is not self:
+                features.prepare(asked)
+        if not items:
+            return
         here = self._here
         digested = progress.track(items, "digests of the images")
         places = {item.id: self._files(item) for item in digested}
@@ -86,7 +102,7 @@ class Features:
             atomic.make_directory(self.folder)
 
             def compute(_: Sequence[Item], images: Tensor) -> list[Tensors]:
-                maps, attention = make(images)
+                maps, attention = make(images, self._config)
                 if attention is None:
                     return [(own,) for own in maps]
                 return list(zip(maps, attention.half(), strict=True))
@@ -107,9 +123,10 @@ class Features:
                 computed = list(missing.values())
                 each.image(here, computed, finish, name=None, compute=compute)
         size = sum(path.stat().st_size for item in items for path in places[item.id]) / 1e9
+        sides = ", ".join(map(str, self._config.sides))
         progress.tell(
-            f"{here.name}: features of {len(items)} images ({len(missing)} computed now), "
-            f"{size:.2f} GB in {self.folder} (may be deleted at any time)"
+            f"{here.name}: features of {len(items)} images ({len(missing)} computed now) at "
+            f"{sides} px, {size:.2f} GB in {self.folder} (may be deleted at any time)"
         )
 
     def of(self, item: Item) -> np.ndarray:
@@ -131,11 +148,24 @@ class Features:
         attention = _mapped(self._files(item)[1], 2)
         return torch.from_numpy(attention.astype(np.float32)).to(self._here.device)
 
-    def planes(self, config: CamConfig, item: Item) -> Tensor:
-        """CAMs (K', h, w) of an image on the grid: `FrozenNetwork.planes`, as `config` has them."""
+    def planes(self, config: CamConfig, item: Item, size: tuple[int, int] | None = None) -> Tensor:
+        """CAMs (K', h, w) of an image: `FrozenNetwork.planes`, as `config` has them.
+
+        They have `size`, or that of the grid, and are the mean of all scales.
+        """
         ids = torch.from_numpy(item.class_ids)
-        given = self.attention(item) if _attends(config) and len(ids) else None
-        return self.network.planes(self.tensor(item), ids, config, given)
+
+        def at(features: Features) -> Tensor:
+            given = features.attention(item) if _attends(config) and len(ids) else None
+            return self.network.planes(features.tensor(item), ids, config, given)
+
+        grids = map(at, self.scales)
+        return self.network.mean(sized(grids, size or self.of(item).shape[1:]))
+
+    def probabilities(self, item: Item, size: tuple[int, int]) -> Tensor:
+        """Probabilities (L, *size) of an image, its tags unknown: the mean of all scales."""
+        found = (self.network.probabilities(one.tensor(item)) for one in self.scales)
+        return torch.stack(sized(found, size)).mean(0)
 
     def _files(self, item: Item) -> list[Path]:
         """Paths of what is kept of an image, whose content is digested once."""
@@ -148,6 +178,29 @@ class Features:
                 raise
         suffixes = (".npy", ".attention.npy")[: 1 + self._attends]
         return [self.folder / f"{self._digests[item.id]}{suffix}" for suffix in suffixes]
+
+
+def at_scales(config: Config) -> list[Config]:
+    """Configurations of each of a configuration's scales, with its sides times the scale."""
+    return [
+        replace(
+            config, sides=tuple(round(side * scale) for side in config.sides), feature_scales=(1.0,)
+        )
+        for scale in config.feature_scales
+    ]
+
+
+def sized(grids: Iterable[Tensor], size: Sequence[int]) -> list[Tensor]:
+    """Bring planes (C, h, w) of several grids, C maybe 0, to one size (bilinear)."""
+
+    def one(planes: Tensor) -> Tensor:
+        if not len(planes):
+            return planes.new_zeros(0, *size)
+        if tuple(planes.shape[1:]) == tuple(size):
+            return planes
+        return F.interpolate(planes[None], tuple(size), mode="bilinear", align_corners=False)[0]
+
+    return [one(planes) for planes in grids]
 
 
 def _attends(config: CamConfig | SegmenterConfig) -> bool:
@@ -171,12 +224,13 @@ def _mapped(path: Path, dimensions: int) -> np.ndarray:
 
 
 def extractor(
-    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
-) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    here: Here, network: FrozenNetwork, config: Config
+) -> Callable[[Tensor, Config], tuple[Tensor, Tensor | None]]:
     """Prepare a copy of a network's encoder; return a function that makes features by it.
 
     They are (B, C, h, w) float16 of (B, 3, H, W) uint8 images of one size, with the attention
-    (B, N, N) float32 of their patches where the configuration walks along it.
+    (B, N, N) float32 of their patches where the configuration walks along it. Its own sides are
+    those of the configuration that comes with the images.
     """
 
     def seen(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -186,18 +240,17 @@ def extractor(
     dtype = devices.DTYPES[here.precision]
     prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
 
-    # Batches fill a device by the pixels of the files; two views of each side are computed.
-    pixels = 2 * sum(side**2 for side in config.sides)
-    count = max(1, stream.batch_pixels(here.device) // pixels) if pixels else None
-
-    def of_some(images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def of_some(images: Tensor, at: Config) -> tuple[Tensor, Tensor | None]:
         with devices.autocast(here.precision, here.device):
-            if _attends(config):
-                return frozen.features_with_attention(prepared, config, images)
-            return frozen.features(prepared, config, images), None
+            if _attends(at):
+                return frozen.features_with_attention(prepared, at, images)
+            return frozen.features(prepared, at, images), None
 
-    def make(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        parts = [of_some(part) for part in images.split(count or len(images))]
+    def make(images: Tensor, at: Config) -> tuple[Tensor, Tensor | None]:
+        # Batches fill a device by the pixels of the files; two views of each side are computed.
+        pixels = 2 * sum(side**2 for side in at.sides)
+        count = max(1, stream.batch_pixels(here.device) // pixels) if pixels else len(images)
+        parts = [of_some(part, at) for part in images.split(count)]
         maps = torch.cat([maps.half() for maps, _ in parts])
         heard = [attention for _, attention in parts if attention is not None]
         return maps, torch.cat(heard) if heard else None
@@ -210,13 +263,15 @@ def ready(
     network: Network | FrozenNetwork,
     config: CamConfig | SegmenterConfig,
     items: Sequence[Item],
+    *,
+    asked: Sequence[Item] = (),
 ) -> Network | Features:
     """Return what passes over `items` take: a frozen network with its features, which are prepared.
 
-    Errors are those of `Features.prepare`.
+    Arguments and errors are those of `Features.prepare`.
     """
     if not isinstance(network, FrozenNetwork):
         return network
     cached = Features(here, network, config)
-    cached.prepare(items)
+    cached.prepare(items, asked)
     return cached

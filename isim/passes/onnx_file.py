@@ -8,6 +8,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from isim.models import frozen, segmenter
 from isim.models.common import reason
 from isim.models.frozen import FrozenNetwork
 from isim.models.segmenter import Segmenter, SegmenterConfig
+from isim.passes import features
 from isim.passes.photographs import BySegmenter
 from isim.runtime import atomic
 from isim.runtime.here import Here
@@ -245,12 +247,12 @@ class _Graph:
 
 def _model(network: Segmenter | FrozenNetwork, config: SegmenterConfig) -> Any:  # noqa: ANN401 - onnx's
     """Assemble the file: before the network, the network, and after it."""
-    from onnx import TensorProto, compose, helper
+    from onnx import TensorProto, helper
 
-    is_frozen = isinstance(network, FrozenNetwork)
-    sides = sorted(config.sides, reverse=True) if is_frozen else [0]
+    is_frozen, labels = isinstance(network, FrozenNetwork), len(config.classes) + 1
     core = _Grid(network, config) if isinstance(network, FrozenNetwork) else _Logits(network)
-    traced = compose.add_prefix(_traced(core, len(sides), config.output_stride), "net_")
+    scales = features.at_scales(config) if is_frozen else [replace(config, sides=(0,))]
+    traced = _traced(core, len(scales[0].sides), config.output_stride)
     graph = _Graph()
     size = graph.add("Slice", graph.add("Shape", "image"), graph.numbers(0), graph.numbers(2))
     exact = graph.add("Cast", size, to=TensorProto.DOUBLE)
@@ -259,29 +261,45 @@ def _model(network: Segmenter | FrozenNetwork, config: SegmenterConfig) -> Any: 
     working = graph.rounded(exact, graph.add("Min", share, graph.value([1], np.float64)))
     channels = graph.add("Transpose", "image", perm=[2, 0, 1])
     pixels = graph.add("Cast", channels, to=TensorProto.FLOAT)
-    for number, side in enumerate(sides):
-        wanted = working
-        if is_frozen:
-            share = graph.add("Div", graph.value([side], np.float64), longer)
-            wanted = graph.rounded(exact, share, config.output_stride)
-        view = _view(graph, pixels, size, wanted, config=config)
-        if not is_frozen:
-            view = _padded(graph, view, wanted, config.output_stride)
-        graph.nodes.append(helper.make_node("Identity", [view], [f"net_view_{number}"]))
-    graph.nodes += traced.graph.node
-    labels = len(config.classes) + 1
-    if is_frozen:
-        probabilities = _of_grid(graph, "net_scores", working, labels)
-    else:
-        probabilities = _of_logits(
-            graph, "net_scores", working, labels, stride=config.output_stride
-        )
+    found = []
+    for place, at in enumerate(scales):
+        net = f"net{place}_"
+        for number, side in enumerate(sorted(at.sides, reverse=True)):
+            wanted = working
+            if is_frozen:
+                share = graph.add("Div", graph.value([side], np.float64), longer)
+                wanted = graph.rounded(exact, share, config.output_stride)
+            view = _view(graph, pixels, size, wanted, config=config)
+            if not is_frozen:
+                view = _padded(graph, view, wanted, config.output_stride)
+            graph.nodes.append(helper.make_node("Identity", [view], [f"{net}view_{number}"]))
+        graph.nodes += _prefixed(traced, net)
+        given = (graph, f"{net}scores", working, labels)
+        stride = config.output_stride
+        found.append(_of_grid(*given) if is_frozen else _of_logits(*given, stride=stride))
+    probabilities = graph.add("Mean", *found)
     grown = graph.resized(probabilities, graph.numbers(1, labels), size)
     grown = graph.add("Squeeze", grown, graph.numbers(0))
     label = graph.add("Cast", graph.add("ArgMax", grown, axis=0, keepdims=0), to=TensorProto.UINT8)
     for name, made in (("label", label), ("probabilities", grown)):
         graph.nodes.append(helper.make_node("Identity", [made], [name]))
     return _packed(graph, traced, config)
+
+
+def _prefixed(traced: Any, prefix: str) -> list[Any]:  # noqa: ANN401 - onnx's
+    """Copy a network's nodes with all names prefixed but those of weights, which copies share."""
+    from onnx import NodeProto
+
+    kept = {"", *(weight.name for weight in traced.graph.initializer)}
+    copies = []
+    for node in traced.graph.node:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = prefix + node.name
+        for names in (copy.input, copy.output):
+            names[:] = [name if name in kept else prefix + name for name in names]
+        copies.append(copy)
+    return copies
 
 
 def _view(graph: _Graph, pixels: str, size: str, wanted: str, *, config: SegmenterConfig) -> str:

@@ -112,21 +112,22 @@ class Answer:
 
 
 def _features(
-    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
-) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """Return what makes (C, h, w) float32 of (3, H, W) uint8, rounded as in the cache.
+    here: Here, network: FrozenNetwork, config: features.Config
+) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor | None]]]:
+    """Return what makes (C, h, w) float32 of (3, H, W) uint8 at each scale, rounded as cached ones.
 
     The attention (N, N) of its patches comes with them where planes walk along it. It raises
     UserError for features that are not finite.
     """
-    make = features.extractor(here, network, config)
+    make, scales = features.extractor(here, network, config), features.at_scales(config)
 
-    def of_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
-        maps, attention = make(image[None])
-        found = maps[0].float()
-        if not torch.isfinite(found).all():
-            raise UserError("the encoder's features are not finite; set precision to fp32")
-        return found, None if attention is None else attention[0].half().float()
+    def of_image(image: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for at in scales:
+            maps, attention = make(image[None], at)
+            found = maps[0].float()
+            if not torch.isfinite(found).all():
+                raise UserError("the encoder's features are not finite; set precision to fp32")
+            yield found, None if attention is None else attention[0].half().float()
 
     return of_image
 
@@ -144,7 +145,7 @@ class BySegmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = True,
     ) -> None:
-        """Prepare a copy of the network; a frozen one reads neither `scales` nor `flip`."""
+        """Prepare a copy of the network; a frozen one has scales of its own, and flips."""
         self.config, self.side = config, side
         self._here, self._scales, self._flip = here, scales, flip
         devices.place(network, here.device)
@@ -181,8 +182,8 @@ class BySegmenter:
         """(L, h, w) float32 at the working size."""
         if isinstance(self._network, FrozenNetwork):
             # The image itself is taken: it is then resized once, as in the training.
-            grid = self._network.probabilities(self._features(pixels)[0])
-            return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
+            found = map(self._network.probabilities, (maps for maps, _ in self._features(pixels)))
+            return torch.stack(features.sized(found, size)).mean(0)
         with devices.autocast(self._here.precision, self._here.device):
             return multi_scale_probabilities(
                 self._network, self.config, small, scales=self._scales, flip=self._flip
@@ -202,7 +203,7 @@ class ByTags:
         scales: Sequence[float],
         flip: bool,
     ) -> None:
-        """Prepare a copy of the network; a frozen one reads neither `scales` nor `flip`."""
+        """Prepare a copy of the network; a frozen one has scales of its own, and flips."""
         self.config, self.side = config, side
         self._here, self._scales, self._flip = here, scales, flip
         devices.place(network, here.device)
@@ -242,8 +243,6 @@ class ByTags:
         small = resized(pixels, working_size(image.shape[:2], self.side))
         size, ids = tuple(small.shape[-2:]), torch.from_numpy(class_ids)
         planes = self._of(pixels, small, ids) if len(ids) else torch.zeros(0, *size)
-        if len(ids) and tuple(planes.shape[-2:]) != size:
-            planes = F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0]
         return planes.float().cpu().numpy(), small.permute(1, 2, 0).cpu().numpy()
 
     def _of(self, pixels: Tensor, small: Tensor, ids: Tensor) -> Tensor:
@@ -251,5 +250,6 @@ class ByTags:
             given = self._network, self.config, small[None], [ids]
             with devices.autocast(self._here.precision, self._here.device):
                 return multi_scale_cams(*given, scales=self._scales, flip=self._flip)[0]
-        maps, attention = self._features(pixels)
-        return self._network.planes(maps, ids, self.config, attention)
+        network = self._network
+        found = (network.planes(maps, ids, self.config, a) for maps, a in self._features(pixels))
+        return network.mean(features.sized(found, small.shape[-2:]))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -190,9 +189,8 @@ def _probable(
     if isinstance(network, Features):
 
         def upsampled(item: Item, image: Tensor) -> Tensor:
-            grid = network.network.probabilities(network.tensor(item))
-            size = image.shape[-2:]
-            return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0]
+            height, width = image.shape[-2:]
+            return network.probabilities(item, (height, width))
 
         return upsampled
     made = prepared(here, network)

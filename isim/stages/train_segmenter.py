@@ -68,8 +68,8 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         labels = seeds.write(here, items, stored, params.threshold) if is_cam else stored
         trusted = _trusted(params, name, items)
         labels = {**labels, **trusted}
-        every = [*items, *(item for split in tested.values() for item in split)]
-        source = features.ready(here, network, config, every)
+        asked = [item for split in tested.values() for item in split]
+        source = features.ready(here, network, config, [*items, *asked], asked=asked)
         if isinstance(source, Features):
             epochs = _frozen(source, here, config, params, items=items, labels=labels)
         else:

@@ -114,6 +114,18 @@ def test_features_are_the_mean_of_an_image_and_its_mirror_image(network):
     assert float((found - found.flip(-1)).abs().max()) > 1e-3, "the images are not symmetric"
 
 
+def test_a_mean_of_planes_keeps_what_is_between_and_loses_no_tag(network):
+    network = copy.deepcopy(network)
+    apart = [torch.tensor([[[0.76, 0.1, 0.3]]]), torch.tensor([[[0.1, 0.76, 0.3]]])]
+    assert torch.equal(network.mean(apart[:1]), apart[0])
+    found = network.mean(apart)[0, 0]
+    assert found.max() == pytest.approx(0.75) and found[0] == found[1] > 0.5 and found[2] > 0.3
+    high = [torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[0.8, 0.4]]])]
+    torch.testing.assert_close(network.mean(high), torch.tensor([[[0.85, 0.3]]]))
+    network.head = None
+    torch.testing.assert_close(network.mean(apart)[0, 0, :2], torch.ones(2), rtol=0, atol=1e-4)
+
+
 def test_features_of_several_sides_are_joined_stage_by_stage(network):
     """On the grid of the largest, the finer map of an earlier stage made coarser."""
     pixels, sides = pictures(48, 64), (64, 96)

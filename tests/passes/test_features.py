@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.images import opened
 from support.networks import config_of, frozen_network_of
 from support.vits import shrink
@@ -86,6 +87,42 @@ def test_they_are_found_again_by_content(prepare, items, read_ids, tmp_path, cap
     assert counts == [("7", "7"), ("8", "0"), ("7", "0")]
 
 
+@pytest.mark.parametrize("affinity", ["none", "attention"])
+def test_answers_are_the_means_of_those_at_each_scale(affinity, prepare, items, monkeypatch):
+    shrink(monkeypatch)
+    changes = {"encoder": "test_vit", "stages": 1, "affinity": affinity, "steps": 1}
+    network = frozen_network_of(sides=(64,), **changes)
+    alone = [prepare(network=network, sides=(side,), **changes) for side in (64, 96)]
+    config = config_of("frozen", sides=(64,), feature_scales=(1.0, 1.5), **changes)
+    both = Features(alone[0]._here, network, config)
+    both.prepare(items, asked=items)
+    assert both.folder == alone[0].folder
+    tagged = [item for item in items if len(item.class_ids)]
+    for item in tagged:
+        grids = [one.planes(config, item) for one in alone]
+        assert grids[0].shape != grids[1].shape
+        for size in ((50, 70), tuple(grids[0].shape[1:])):
+            pair = [F.interpolate(grid[None], size, mode="bilinear")[0] for grid in grids]
+            found = both.planes(config, item, size)
+            torch.testing.assert_close(found, network.mean(pair), rtol=0, atol=1e-6)
+        assert torch.equal(found, both.planes(config, item)), "on the grid of scale 1"
+        pair = [one.probabilities(item, (50, 70)) for one in alone]
+        found = both.probabilities(item, (50, 70))
+        torch.testing.assert_close(found, (pair[0] + pair[1]) / 2, rtol=0, atol=1e-6)
+    untagged = next(item for item in items if not len(item.class_ids))
+    assert both.planes(config, untagged, (50, 70)).shape == (0, 50, 70)
+
+
+def test_only_images_that_are_asked_about_have_other_scales(prepare, items, network):
+    config = config_of("frozen", feature_scales=(0.75, 1.0))
+    made = Features(prepare()._here, network, config)
+    made.prepare(items, asked=items[:2])
+    other, own = made.scales
+    assert own is made and other.folder != made.folder
+    assert len(contents(made)) == 7 and len(contents(other)) == 2
+    assert other.of(items[0]).shape[1:] < made.of(items[0]).shape[1:]
+
+
 def test_attention_is_kept_beside_them(prepare, items, read_ids, monkeypatch):
     shrink(monkeypatch)
     changes = {"encoder": "test_vit", "sides": (64, 48), "stages": 1, "affinity": "attention"}
@@ -123,7 +160,7 @@ def test_equal_images_are_computed_once(prepare, items, read_ids):
 def test_the_size_is_told(prepare, items, monkeypatch, capsys):
     monkeypatch.setattr(np, "save", lambda stream, _: stream.write(bytes(5_000_000)))
     made = prepare()
-    words = rf"isim: features of 7 images \(7 computed now\), 0\.04 GB in {made.folder} \(may be d"
+    words = rf"7 images \(7 computed now\) at 64 px, 0\.04 GB in {made.folder} \(may be d"
     assert re.search(words, capsys.readouterr().out)
 
 

@@ -8,7 +8,7 @@ from support import checkpoints
 
 from isim.labels.crf import refine as crf
 from isim.models import cam, segmenter
-from isim.passes import photographs
+from isim.passes import features, photographs
 from isim.passes.photographs import Answer, BySegmenter, ByTags
 
 
@@ -60,6 +60,26 @@ def test_a_large_photograph_is_predicted_as_its_small_one(name, predict):
     assert np.allclose(answer.planes.sum(0), 1, atol=1e-4)
     small = answer.label()[2::4, 2::4][:72, :96]
     assert (small == answer.planes.argmax(0)).mean() > 0.95
+
+
+def test_a_frozen_network_answers_with_the_mean_of_its_scales(models, here):
+    image, ids = photograph(60, 80), np.array([1, 3])
+    network, config = segmenter.load(models["frozen_segmenter"])
+    tagged, about = cam.load(models["frozen"])
+    assert len(config.feature_scales) == len(about.feature_scales) == 2
+
+    def predicted(config):
+        return BySegmenter(here, network, config, side=1024)(image).planes
+
+    def raised(config):
+        found = ByTags(here, tagged, config, side=1024, scales=(1.0,), flip=False)
+        return found.cams(image, ids)
+
+    for answer, given in ((predicted, config), (raised, about)):
+        alone = [torch.from_numpy(answer(one)) for one in features.at_scales(given)]
+        assert not torch.allclose(*alone, atol=1e-3)
+        mean = (alone[0] + alone[1]) / 2 if answer is predicted else tagged.mean(alone)
+        np.testing.assert_allclose(answer(given), mean, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", checkpoints.SEGMENTERS)

@@ -31,7 +31,7 @@ def photos(tmp_path):
     for number, name in enumerate(("a.png", "trip/b.jpg", ".hidden/c.png", "trip/@eaDir/b.jpg")):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(number).integers(0, 255, (6, 8, 3), np.uint8)
+        noise = np.random.default_rng(number + 10).integers(0, 255, (6, 8, 3), np.uint8)
         Image.fromarray(noise).resize((80, 60)).save(path)
     (folder / "notes.txt").write_text("no image")
     return folder

@@ -24,5 +24,6 @@ def save(name, path):
             branch.weight.data.normal_(std=0.1, generator=generator)
     if name == "deeplabcam":
         network.classifier.weight.data.normal_(generator=generator)
-    common.save(path, network, config_of(name))
+    scales = {"feature_scales": (0.75, 1.0)} if is_frozen else {}
+    common.save(path, network, config_of(name, **scales))
     return path
