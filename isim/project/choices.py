@@ -22,6 +22,8 @@ from isim.runtime.paths import resolve_path
 # Longer sides of the images that were measured on VOC (docs/frozen.md): 768 px gave 2 to 3 points
 # more for 2.25 times the pixels, which matters on a CPU.
 SIDES = {"cpu": 512, "cuda": 768}
+# Scales of these that CAMs are averaged over, as they were measured.
+SCALES = {"cpu": [1.0, 1.25], "cuda": [0.75, 1.0]}
 # Fewer patches a side than 16 tell little of where an object is; not measured.
 LEAST_SIDE = 256
 # A step's patches: at most a quarter of all that there are, and this many at least; not measured.
@@ -243,6 +245,10 @@ def _networks(
         if frozen and sizes:
             side, told = _side(sizes, device)
             found.append(Choice(f"{section}.features.sides", [side], told))
+            if section == "train_cam":
+                scales = SCALES.get(device, SCALES["cuda"])
+                why = "CAMs are the mean of those at so many times this side"
+                found.append(Choice(f"{section}.features.scales", scales, why))
     return found
 
 

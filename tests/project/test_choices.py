@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from support.photos import put
 
@@ -12,6 +13,7 @@ from isim.experiments import overlay, preset
 from isim.params import validate
 from isim.project import choices
 from isim.project.choices import Wishes
+from isim.runtime import devices
 
 pytestmark = pytest.mark.usefixtures("bare_machine")
 
@@ -87,6 +89,16 @@ def test_images_of_unknown_tags_are_predicted_alone(photos, tmp_path, monkeypatc
 def test_the_side_is_the_measured_one_or_that_of_smaller_images(device, size, side):
     found, why = choices._side([(size // 2, size), (20, 20), (size, size // 2)], device)
     assert found == side and why
+
+
+@pytest.mark.parametrize(("device", "scales"), [("cpu", (1.0, 1.25)), ("cuda", (0.75, 1.0))])
+def test_cams_are_averaged_over_the_scales_that_were_measured(
+    device, scales, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(devices, "default", lambda: torch.device(device))
+    params = make(tmp_path, photos[False]).params
+    assert params.train_cam.features.scales == scales
+    assert params.train_segmenter.features.scales == (0.75, 1.0)
 
 
 @pytest.mark.parametrize(
