@@ -96,6 +96,8 @@ Norm = Literal["batch", "frozen"]
 Precision = Literal["auto", "fp32", "bf16"]
 # Longer side that images are resized to.
 MOST_PIXELS = 4096
+# The squares of all sides of an image.
+MOST_AREA = 1 << 25
 # Patches a side of a grid whose affinities are walked along: 1 GB of those of all pairs.
 MOST_SIDE = 128
 
@@ -214,10 +216,10 @@ class Features(Section):
         tuple[Annotated[int, Field(ge=32, le=MOST_PIXELS)], ...],
         List,
         Field(min_length=1, max_length=16),
-        _squares("sides", 1 << 25),
+        _squares("sides", MOST_AREA),
     ]
     scales: Annotated[
-        tuple[Annotated[float, Field(ge=0.25, le=4, allow_inf_nan=False)], ...],
+        tuple[Annotated[float, Field(ge=0.25, le=4)], ...],
         List,
         Field(min_length=1, max_length=16),
     ]
@@ -232,10 +234,16 @@ class Features(Section):
 
     @model_validator(mode="after")
     def _fit_the_memory(self) -> Self:
-        if (side := max(self.sides) * max(self.scales)) > MOST_PIXELS:
+        largest = max(self.scales)
+        if (side := max(self.sides) * largest) > MOST_PIXELS:
             raise ValueError(
-                f"scales: {max(self.scales):g} times {max(self.sides)} px is {side:g}, more than "
+                f"scales: {largest:g} times {max(self.sides)} px is {side:g}, more than "
                 f"{MOST_PIXELS}; use a smaller one"
+            )
+        if (area := sum((side * largest) ** 2 for side in self.sides)) > MOST_AREA:
+            raise ValueError(
+                f"scales: at {largest:g} the squares of {len(self.sides)} sides sum to {area:,.6g},"
+                f" more than {MOST_AREA:,}, which would fill the memory; use a smaller one"
             )
         return self
 
@@ -426,12 +434,13 @@ class TrainCam(Training):
                     f"{name}: method {self.method} has no decoder; use deeplabcam or another"
                 )
         if self.method == "frozen":
-            largest = round(max(self.features.sides) * max(1, *self.features.scales))
-            if largest > MOST_SIDE * stride:
+            side, scale = max(self.features.sides), max(1, *self.features.scales)
+            if side * scale > MOST_SIDE * stride:
+                times = f" times {scale:g} (scales)" if scale > 1 else ""
                 raise ValueError(
-                    f"features.sides: {largest} (with its scales) at output_stride {stride} is "
-                    f"more than {MOST_SIDE} patches a side, whose affinities fill the memory; use "
-                    f"{MOST_SIDE * stride} at most"
+                    f"features.sides: {side}{times} at output_stride {stride} is more than "
+                    f"{MOST_SIDE} patches a side, whose affinities fill the memory; use "
+                    f"{int(MOST_SIDE * stride / scale)} at most"
                 )
             if self.start == "previous" and not self.frozen.rounds:
                 raise ValueError("start: previous labels the first round; set frozen.rounds to 1")

@@ -181,9 +181,12 @@ def test_a_grid_whose_affinities_fill_the_memory_is_refused(tree):
     tree["train_cam"]["features"]["sides"] = [512, 2080]
     assert refusal(tree).endswith("whose affinities fill the memory; use 2048 at most")
     tree["train_cam"]["features"] |= {"sides": [1024], "scales": [0.5, 2.25]}
-    assert "features.sides: 2304 (with its scales)" in refusal(tree)
+    assert "features.sides: 1024 times 2.25 (scales)" in refusal(tree)
+    assert refusal(tree).endswith("use 910 at most")
     tree["train_cam"]["features"]["scales"] = [0.5, 4.5]
     assert "features.scales" in refusal(tree)
+    tree["train_cam"]["features"] |= {"sides": list(range(1009, 1025)), "scales": [4.0]}
+    assert "squares of 16 sides" in refusal(tree)
 
 
 def test_a_wrong_affinity_is_reported_once(tree):

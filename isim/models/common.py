@@ -92,6 +92,9 @@ def _require_sound(config: Config) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not abs(number) <= _LARGEST:
                 raise ValueError(f"{name} is {number}")
+    scales = getattr(config, "feature_scales", (1.0,))
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"feature_scales is {scales}")
     names = getattr(config, "classes", ())
     if fault := next(filter(None, map(class_fault, names)), None):
         raise ValueError(f"a class {fault}")

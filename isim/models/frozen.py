@@ -254,16 +254,17 @@ class FrozenNetwork(encoders.EncoderNetwork):
         grown: Tensor = planes.unflatten(1, maps.shape[1:])
         return grown
 
-    def mean(self, planes: Sequence[Tensor]) -> Tensor:
-        """Average planes (K', H, W) of several scales, as high as those of `planes` again.
+    @torch.inference_mode()
+    def mean(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Average CAMs (K', h, w) of several scales at one size, as high as `planes` gives them.
 
-        Peaks that lie apart at two scales are lower in the mean, where a tag would be lost.
+        Peaks that lie apart at two scales are lower in their mean, where a tag would be lost.
         """
-        if len(planes) == 1:
-            return planes[0]
-        averaged = torch.stack(list(planes)).mean(0)
-        flat = averaged.flatten(1)
-        return (_over_maximum(flat) if self.head is None else _raised(flat)).view_as(averaged)
+        found = averaged(grids, size)
+        if len(grids) == 1:
+            return found
+        flat = found.flatten(1)
+        return (_over_maximum(flat) if self.head is None else _raised(flat)).view_as(found)
 
     def affinity(
         self, patches: Tensor, scores: Tensor, walk: _WalkConfig, attention: Tensor | None
@@ -286,6 +287,20 @@ class FrozenNetwork(encoders.EncoderNetwork):
         scores = self.label_scores(self.standardise(maps.flatten(1).T))
         found: Tensor = scores.softmax(1).T.unflatten(1, maps.shape[1:])
         return found
+
+
+@torch.inference_mode()
+def averaged(grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Bring planes (C, h, w) of several grids, C maybe 0, to one size (bilinear), and average them.
+
+    The memory does not grow with their number.
+    """
+    if not len(grids[0]):
+        return grids[0].new_zeros(0, *size)
+    total = _resized(grids[0][None], size)[0]
+    for planes in grids[1:]:
+        total = total + _resized(planes[None], size)[0]
+    return total / len(grids) if len(grids) > 1 else total
 
 
 def _over_maximum(planes: Tensor) -> Tensor:

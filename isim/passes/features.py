@@ -6,8 +6,9 @@ planes walk along attention, that of the N = h * w patches lies beside them, (N,
 computed again.
 """
 
+import copy
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isim import errors
@@ -34,7 +34,6 @@ from isim.runtime.here import Here
 # Another form or way of making them has another number.
 _FORMAT = 1
 Network = TypeVar("Network", bound=nn.Module)
-Config = TypeVar("Config", bound=CamConfig | SegmenterConfig)
 
 
 class Features:
@@ -46,7 +45,7 @@ class Features:
         network: The network.
         folder: Where they lie; another encoder, other weights, sides or stages have another one.
         pooling: That of the classifier.
-        scales: Features at each of the configuration's scales, these themselves at scale 1.
+        scales: Features at each of the configuration's scales; at scale 1 these themselves.
     """
 
     def __init__(
@@ -57,34 +56,45 @@ class Features:
         self._attends = _attends(config)
         self.pooling = config.pooling if isinstance(config, CamConfig) else "gap"
         self._digests: dict[str, str] = {}
-        self.scales: list[Features] = []
-        for scale, at in zip(config.feature_scales, at_scales(config), strict=True):
-            own = self if scale == 1 else Features(here, network, at)
-            # An image is digested once.
-            own._digests = self._digests
-            self.scales.append(own)
-        told = {
+        self._about = {
             # Another version of these may compute other features.
             "made by": [_FORMAT, *(version(name) for name in ("timm", "torch"))],
             "encoder": config.encoder,
             "weights": identity.of_tensors(network.encoder.state_dict()),
             "output_stride": config.output_stride,
             "normalisation": [config.mean, config.std],
-            "sides": sorted(config.sides),
             "stages": config.stages,
             "precision": here.precision,
         }
-        self.folder = here.cache / "features" / identity.digest(told)
+        self.folder = self._folder(config)
+        self.scales = [
+            self if scale == 1 else self._sized(at)
+            for scale, at in zip(config.feature_scales, at_scales(config), strict=True)
+        ]
 
-    def prepare(self, items: Sequence[Item], asked: Sequence[Item] = ()) -> None:
+    def _folder(self, config: CamConfig | SegmenterConfig) -> Path:
+        about = self._about | {"sides": sorted(config.sides)}
+        return self._here.cache / "features" / identity.digest(about)
+
+    def _sized(self, config: CamConfig | SegmenterConfig) -> "Features":
+        """Those of other sides; what was digested is not digested again."""
+        other = copy.copy(self)
+        other._config, other.folder, other.scales = config, self._folder(config), [other]
+        return other
+
+    def prepare(self, items: Sequence[Item], others: Sequence[Item] = ()) -> None:
         """Compute the features of images that have none, and tell how many and their size.
 
-        Those `asked` about get theirs at every scale. Raises UserError for an unreadable image, a
-        failed write, or features that are not finite.
+        `items` get theirs at every scale, `others` at scale 1 alone. Raises UserError for an
+        unreadable image, a failed write, or features that are not finite.
         """
         for features in self.scales:
             if features is not self:
-                features.prepare(asked)
+                features._prepare(items)
+        every = [*items, *others] if self in self.scales else others
+        self._prepare([*{item.id: item for item in every}.values()])
+
+    def _prepare(self, items: Sequence[Item]) -> None:
         if not items:
             return
         here = self._here
@@ -159,13 +169,12 @@ class Features:
             given = features.attention(item) if _attends(config) and len(ids) else None
             return self.network.planes(features.tensor(item), ids, config, given)
 
-        grids = map(at, self.scales)
-        return self.network.mean(sized(grids, size or self.of(item).shape[1:]))
+        return self.network.mean([*map(at, self.scales)], size or self.of(item).shape[1:])
 
     def probabilities(self, item: Item, size: tuple[int, int]) -> Tensor:
         """Probabilities (L, *size) of an image, its tags unknown: the mean of all scales."""
-        found = (self.network.probabilities(one.tensor(item)) for one in self.scales)
-        return torch.stack(sized(found, size)).mean(0)
+        grids = [self.network.probabilities(one.tensor(item)) for one in self.scales]
+        return frozen.averaged(grids, size)
 
     def _files(self, item: Item) -> list[Path]:
         """Paths of what is kept of an image, whose content is digested once."""
@@ -180,7 +189,7 @@ class Features:
         return [self.folder / f"{self._digests[item.id]}{suffix}" for suffix in suffixes]
 
 
-def at_scales(config: Config) -> list[Config]:
+def at_scales(config: CamConfig | SegmenterConfig) -> list[CamConfig | SegmenterConfig]:
     """Configurations of each of a configuration's scales, with its sides times the scale."""
     return [
         replace(
@@ -188,19 +197,6 @@ def at_scales(config: Config) -> list[Config]:
         )
         for scale in config.feature_scales
     ]
-
-
-def sized(grids: Iterable[Tensor], size: Sequence[int]) -> list[Tensor]:
-    """Bring planes (C, h, w) of several grids, C maybe 0, to one size (bilinear)."""
-
-    def one(planes: Tensor) -> Tensor:
-        if not len(planes):
-            return planes.new_zeros(0, *size)
-        if tuple(planes.shape[1:]) == tuple(size):
-            return planes
-        return F.interpolate(planes[None], tuple(size), mode="bilinear", align_corners=False)[0]
-
-    return [one(planes) for planes in grids]
 
 
 def _attends(config: CamConfig | SegmenterConfig) -> bool:
@@ -224,13 +220,13 @@ def _mapped(path: Path, dimensions: int) -> np.ndarray:
 
 
 def extractor(
-    here: Here, network: FrozenNetwork, config: Config
-) -> Callable[[Tensor, Config], tuple[Tensor, Tensor | None]]:
+    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
+) -> Callable[[Tensor, CamConfig | SegmenterConfig], tuple[Tensor, Tensor | None]]:
     """Prepare a copy of a network's encoder; return a function that makes features by it.
 
     They are (B, C, h, w) float16 of (B, 3, H, W) uint8 images of one size, with the attention
-    (B, N, N) float32 of their patches where the configuration walks along it. Its own sides are
-    those of the configuration that comes with the images.
+    (B, N, N) float32 of their patches where the configuration walks along it. The sides are those
+    of the configuration that comes with the images.
     """
 
     def seen(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -240,13 +236,13 @@ def extractor(
     dtype = devices.DTYPES[here.precision]
     prepared = folding.for_inference(network.encoder, seen, here.device, dtype)
 
-    def of_some(images: Tensor, at: Config) -> tuple[Tensor, Tensor | None]:
+    def of_some(images: Tensor, at: CamConfig | SegmenterConfig) -> tuple[Tensor, Tensor | None]:
         with devices.autocast(here.precision, here.device):
             if _attends(at):
                 return frozen.features_with_attention(prepared, at, images)
             return frozen.features(prepared, at, images), None
 
-    def make(images: Tensor, at: Config) -> tuple[Tensor, Tensor | None]:
+    def make(images: Tensor, at: CamConfig | SegmenterConfig) -> tuple[Tensor, Tensor | None]:
         # Batches fill a device by the pixels of the files; two views of each side are computed.
         pixels = 2 * sum(side**2 for side in at.sides)
         count = max(1, stream.batch_pixels(here.device) // pixels) if pixels else len(images)
@@ -264,7 +260,7 @@ def ready(
     config: CamConfig | SegmenterConfig,
     items: Sequence[Item],
     *,
-    asked: Sequence[Item] = (),
+    others: Sequence[Item] = (),
 ) -> Network | Features:
     """Return what passes over `items` take: a frozen network with its features, which are prepared.
 
@@ -273,5 +269,5 @@ def ready(
     if not isinstance(network, FrozenNetwork):
         return network
     cached = Features(here, network, config)
-    cached.prepare(items, asked)
+    cached.prepare(items, others)
     return cached

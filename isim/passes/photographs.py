@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from isim.errors import UserError
 from isim.labels.crf import refine as crf
 from isim.metrics import IGNORE
+from isim.models import frozen
 from isim.models.cam import CamConfig, CamNetwork
 from isim.models.frozen import FrozenNetwork
 from isim.models.inference import multi_scale_cams, multi_scale_probabilities
@@ -112,7 +113,7 @@ class Answer:
 
 
 def _features(
-    here: Here, network: FrozenNetwork, config: features.Config
+    here: Here, network: FrozenNetwork, config: CamConfig | SegmenterConfig
 ) -> Callable[[Tensor], Iterator[tuple[Tensor, Tensor | None]]]:
     """Return what makes (C, h, w) float32 of (3, H, W) uint8 at each scale, rounded as cached ones.
 
@@ -182,8 +183,8 @@ class BySegmenter:
         """(L, h, w) float32 at the working size."""
         if isinstance(self._network, FrozenNetwork):
             # The image itself is taken: it is then resized once, as in the training.
-            found = map(self._network.probabilities, (maps for maps, _ in self._features(pixels)))
-            return torch.stack(features.sized(found, size)).mean(0)
+            grids = [self._network.probabilities(maps) for maps, _ in self._features(pixels)]
+            return frozen.averaged(grids, size)
         with devices.autocast(self._here.precision, self._here.device):
             return multi_scale_probabilities(
                 self._network, self.config, small, scales=self._scales, flip=self._flip
@@ -251,5 +252,5 @@ class ByTags:
             with devices.autocast(self._here.precision, self._here.device):
                 return multi_scale_cams(*given, scales=self._scales, flip=self._flip)[0]
         network = self._network
-        found = (network.planes(maps, ids, self.config, a) for maps, a in self._features(pixels))
-        return network.mean(features.sized(found, small.shape[-2:]))
+        grids = [network.planes(maps, ids, self.config, a) for maps, a in self._features(pixels)]
+        return network.mean(grids, small.shape[-2:])

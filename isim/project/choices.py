@@ -22,8 +22,8 @@ from isim.runtime.paths import resolve_path
 # Longer sides of the images that were measured on VOC (docs/frozen.md): 768 px gave 2 to 3 points
 # more for 2.25 times the pixels, which matters on a CPU.
 SIDES = {"cpu": 512, "cuda": 768}
-# Scales of these that CAMs are averaged over, as they were measured.
-SCALES = {"cpu": [1.0, 1.25], "cuda": [0.75, 1.0]}
+# Scales that CAMs are averaged over: those measured with 512 px, and from 768 px on those with 768.
+SCALES = {512: [1.0, 1.25], 768: [0.75, 1.0]}
 # Fewer patches a side than 16 tell little of where an object is; not measured.
 LEAST_SIDE = 256
 # A step's patches: at most a quarter of all that there are, and this many at least; not measured.
@@ -103,6 +103,7 @@ def make(wishes: Wishes, folder: Path) -> Chosen:
     choices += _thresholds(params) if wishes.preset == Wishes.preset else []
     params = _merged(tree, [*choices, *given])
     images = len(source.splits.get("train", ()))
+    choices += _scales(params) if wishes.preset == Wishes.preset else []
     choices += _batches(params, images)
     # The epochs of another preset are a part of what it is.
     choices += _epochs(params, images) if wishes.preset == Wishes.preset else []
@@ -245,10 +246,6 @@ def _networks(
         if frozen and sizes:
             side, told = _side(sizes, device)
             found.append(Choice(f"{section}.features.sides", [side], told))
-            if section == "train_cam":
-                scales = SCALES.get(device, SCALES["cuda"])
-                why = "CAMs are the mean of those at so many times this side"
-                found.append(Choice(f"{section}.features.scales", scales, why))
     return found
 
 
@@ -263,6 +260,16 @@ def _thresholds(params: Params) -> list[Choice]:
         *(Choice(f"{section}.threshold", "auto", why) for section in sections),
         Choice("random_walk.threshold", walked, "of trained CAMs, as measured on photographs"),
     ]
+
+
+def _scales(params: Params) -> list[Choice]:
+    """Choose the scales that CAMs are averaged over, by the side that counts."""
+    given = params.train_cam
+    if given.method != "frozen":
+        return []
+    scales = SCALES[768 if max(given.features.sides) >= 768 else 512]
+    why = "CAMs are the mean of those at so many times the side"
+    return [Choice("train_cam.features.scales", scales, why)]
 
 
 def _batches(params: Params, images: int) -> list[Choice]:

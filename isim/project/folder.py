@@ -202,17 +202,23 @@ def upgrade(root: Path) -> list[str]:
     return told or [f"nothing to do: the project is of isim {lock.named(own)}"]
 
 
+# What projects did before they had these parameters, where the preset says otherwise.
+_BEFORE = {"train_segmenter.features.scales": [1.0]}
+
+
 def _parameters(own: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Put a project's values into the parameters that there are now; tell which are new or gone."""
     tree = YAML(typ="rt").load(preset.text("own-images"))
     now, before = flatten(overlay.plain(overlay.dump(tree))), flatten(own)
     new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
-    for name in (name for name in before if name in now):
+    kept = {n: before[n] if n in before else _BEFORE[n] for n in now if n in before or n in _BEFORE}
+    now |= kept
+    for name, value in kept.items():
         section = tree
         *places, last = name.split(".")
         for place in places:
             section = section[place]
-        overlay.merge(section, {last: before[name]})
+        overlay.merge(section, {last: value})
     lines = [f"{PARAMS}: new, {name}: {now[name]}" for name in new]
     lines += [f"{PARAMS}: gone, {name} (it was {before[name]})" for name in gone]
     return overlay.dump(tree), lines

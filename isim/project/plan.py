@@ -118,12 +118,13 @@ def make(params: Params, root: Path) -> Plan:
         ratio = dry.images / dry.kept
         stages = {name: began + estimate(one, params, ratio) for name, one in timed.items()}
         stages["prepare"] += dry.listing
-        features = ratio * _bytes(folder / ".isim/features")
+        kinds = [ratio * _bytes(kind) for kind in (folder / ".isim/features").glob("*")]
+        features, largest = sum(kinds), max(kinds, default=0.0)
         again = ratio * _bytes(folder / ".isim/results") + _bytes(folder / ".isim/previous")
         results, models = ratio * _bytes(folder / "data"), _bytes(folder / "models")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Patches that a training of heads holds, and their copy while they are put together.
-    held = 2 * min(heads.BUDGET, features)
+    held = 2 * min(heads.BUDGET, largest)
     device = devices.default()
     precision = devices.resolve_precision(params.train_cam.precision, device)
     told = f"{device}, {precision}; it took {progress.duration(progress.clock() - start)}"

@@ -23,7 +23,7 @@ def run(params: ExportCams, root: Path) -> None:
     with stage.opened("export_cams", params, root, reads=reads) as here:
         devices.place(network, here.device)
         every = [item for items in chosen.values() for item in items]
-        source = features.ready(here, network, config, every, asked=every)
+        source = features.ready(here, network, config, every)
         if params.threshold == "auto":
             params = params.model_copy(update={"threshold": config.threshold})
         atomic.write_json(here.resume / "cams/threshold.json", {"threshold": params.threshold})

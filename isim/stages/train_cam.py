@@ -212,7 +212,7 @@ def _frozen(
     """Run the loop on cached features; returns it, the images' figures and the disputed tags."""
     shown = pictures.choose(items, params.pictures)
     cached = Features(here, network, config)
-    cached.prepare([*items, *held_out], asked=items)
+    cached.prepare(items, others=[*items, *held_out])
     given = (here, cached)
 
     def at(threshold: str | float) -> TrainCam:
@@ -249,7 +249,7 @@ def _frozen(
         regenerate=regenerate,
         measure=measure,
         validate=validate,
-        earlier=None if started is None else _earlier(here, started, items, config.feature_scales),
+        earlier=None if started is None else _earlier(here, started, config, items),
     )
     made.run()
     for number in range(1, len(made.epochs) + 1):
@@ -261,14 +261,14 @@ def _frozen(
 
 
 def _earlier(
-    here: Stage, started: Started, items: Sequence[Item], scales: tuple[float, ...]
+    here: Stage, started: Started, config: CamConfig, items: Sequence[Item]
 ) -> Callable[..., Planes]:
     """Return what gives images with the CAMs of the previous network's head."""
     network = started.network.eval()
     assert isinstance(network, FrozenNetwork)
     devices.place(network, here.device)
     # The encoder is the same, and so are the features.
-    cached = Features(here, network, replace(started.config, feature_scales=scales))
+    cached = Features(here, network, config)
     return lambda config: cams.grids(here, cached, config, items)
 
 

@@ -69,7 +69,7 @@ def run(params: TrainSegmenter, name: str, root: Path) -> None:
         trusted = _trusted(params, name, items)
         labels = {**labels, **trusted}
         asked = [item for split in tested.values() for item in split]
-        source = features.ready(here, network, config, [*items, *asked], asked=asked)
+        source = features.ready(here, network, config, asked, others=items)
         if isinstance(source, Features):
             epochs = _frozen(source, here, config, params, items=items, labels=labels)
         else:

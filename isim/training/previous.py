@@ -24,7 +24,7 @@ from isim.runtime import checkpoint, identity, progress
 
 # Fields of a configuration that change no weight that is taken over, beside the classes.
 _FREE = {"threshold", "decoder_labels", "encoder_norm", "affinity", "tau", "beta", "temperature"}
-_FREE |= {"steps", "head_kind", "head_width", "classes"}
+_FREE |= {"steps", "head_kind", "head_width", "classes", "feature_scales"}
 # Entry of the header that tells where a network comes from.
 _ABOUT = "about"
 _TOLD = ("identity", "rounds", "date", "code", "supervision")

@@ -117,13 +117,21 @@ def test_features_are_the_mean_of_an_image_and_its_mirror_image(network):
 def test_a_mean_of_planes_keeps_what_is_between_and_loses_no_tag(network):
     network = copy.deepcopy(network)
     apart = [torch.tensor([[[0.76, 0.1, 0.3]]]), torch.tensor([[[0.1, 0.76, 0.3]]])]
-    assert torch.equal(network.mean(apart[:1]), apart[0])
-    found = network.mean(apart)[0, 0]
+    assert torch.equal(network.mean(apart[:1], (1, 3)), apart[0])
+    found = network.mean(apart, (1, 3))[0, 0]
     assert found.max() == pytest.approx(0.75) and found[0] == found[1] > 0.5 and found[2] > 0.3
     high = [torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[0.8, 0.4]]])]
-    torch.testing.assert_close(network.mean(high), torch.tensor([[[0.85, 0.3]]]))
+    torch.testing.assert_close(network.mean(high, (1, 2)), torch.tensor([[[0.85, 0.3]]]))
+    grown = [F.interpolate(one[None], (4, 6), mode="bilinear")[0] for one in high]
+    small = F.interpolate(high[1][None], (2, 4), mode="bilinear")[0]
+    found = frozen.averaged([high[0], high[1], small], (4, 6))
+    third = F.interpolate(small[None], (4, 6), mode="bilinear")[0]
+    torch.testing.assert_close(found, (grown[0] + grown[1] + third) / 3)
+    assert frozen.averaged([high[0][:0]] * 2, (4, 6)).shape == (0, 4, 6)
     network.head = None
-    torch.testing.assert_close(network.mean(apart)[0, 0, :2], torch.ones(2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        network.mean(apart, (1, 3))[0, 0, :2], torch.ones(2), rtol=0, atol=1e-4
+    )
 
 
 def test_features_of_several_sides_are_joined_stage_by_stage(network):

@@ -95,7 +95,7 @@ def test_answers_are_the_means_of_those_at_each_scale(affinity, prepare, items, 
     alone = [prepare(network=network, sides=(side,), **changes) for side in (64, 96)]
     config = config_of("frozen", sides=(64,), feature_scales=(1.0, 1.5), **changes)
     both = Features(alone[0]._here, network, config)
-    both.prepare(items, asked=items)
+    both.prepare(items)
     assert both.folder == alone[0].folder
     tagged = [item for item in items if len(item.class_ids)]
     for item in tagged:
@@ -104,7 +104,7 @@ def test_answers_are_the_means_of_those_at_each_scale(affinity, prepare, items, 
         for size in ((50, 70), tuple(grids[0].shape[1:])):
             pair = [F.interpolate(grid[None], size, mode="bilinear")[0] for grid in grids]
             found = both.planes(config, item, size)
-            torch.testing.assert_close(found, network.mean(pair), rtol=0, atol=1e-6)
+            torch.testing.assert_close(found, network.mean(pair, size), rtol=0, atol=1e-6)
         assert torch.equal(found, both.planes(config, item)), "on the grid of scale 1"
         pair = [one.probabilities(item, (50, 70)) for one in alone]
         found = both.probabilities(item, (50, 70))
@@ -113,14 +113,14 @@ def test_answers_are_the_means_of_those_at_each_scale(affinity, prepare, items, 
     assert both.planes(config, untagged, (50, 70)).shape == (0, 50, 70)
 
 
-def test_only_images_that_are_asked_about_have_other_scales(prepare, items, network):
-    config = config_of("frozen", feature_scales=(0.75, 1.0))
-    made = Features(prepare()._here, network, config)
-    made.prepare(items, asked=items[:2])
-    other, own = made.scales
-    assert own is made and other.folder != made.folder
-    assert len(contents(made)) == 7 and len(contents(other)) == 2
-    assert other.of(items[0]).shape[1:] < made.of(items[0]).shape[1:]
+@pytest.mark.parametrize(("scales", "own"), [((0.75, 1.0), 7), ((0.75,), 5)])
+def test_only_images_that_are_asked_about_have_other_scales(scales, own, here, items, network):
+    made = Features(here, network, config_of("frozen", feature_scales=scales))
+    made.prepare(items[:2], others=items[2:])
+    other = made.scales[0]
+    assert other.folder != made.folder and (made in made.scales) == (1.0 in scales)
+    assert len(contents(made)) == own and len(contents(other)) == 2
+    assert max(other.of(items[0]).shape[1:]) == 3 < max(made.of(items[-1]).shape[1:])
 
 
 def test_attention_is_kept_beside_them(prepare, items, read_ids, monkeypatch):

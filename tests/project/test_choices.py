@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 from support.photos import put
 
@@ -13,7 +12,6 @@ from isim.experiments import overlay, preset
 from isim.params import validate
 from isim.project import choices
 from isim.project.choices import Wishes
-from isim.runtime import devices
 
 pytestmark = pytest.mark.usefixtures("bare_machine")
 
@@ -91,14 +89,19 @@ def test_the_side_is_the_measured_one_or_that_of_smaller_images(device, size, si
     assert found == side and why
 
 
-@pytest.mark.parametrize(("device", "scales"), [("cpu", (1.0, 1.25)), ("cuda", (0.75, 1.0))])
-def test_cams_are_averaged_over_the_scales_that_were_measured(
-    device, scales, photos, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(devices, "default", lambda: torch.device(device))
-    params = make(tmp_path, photos[False]).params
+@pytest.mark.parametrize(
+    ("wishes", "scales"),
+    [
+        ({}, (1.0, 1.25)),
+        ({"settings": ["train_cam.features.sides=[768]"]}, (0.75, 1.0)),
+        ({"settings": ["train_cam.features.sides=[2048]"]}, (0.75, 1.0)),
+        ({"settings": ["train_cam.features.scales=[1.0]"]}, (1.0,)),
+        ({"preset": "voc-frozen-clip-base"}, (1.0,)),
+    ],
+)
+def test_cams_are_averaged_over_the_scales_that_were_measured(wishes, scales, photos, tmp_path):
+    params = make(tmp_path, photos[False], **wishes).params
     assert params.train_cam.features.scales == scales
-    assert params.train_segmenter.features.scales == (0.75, 1.0)
 
 
 @pytest.mark.parametrize(

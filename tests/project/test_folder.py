@@ -152,7 +152,9 @@ def test_an_upgrade_brings_pipeline_and_parameters_along_and_keeps_values(projec
     text = path.read_text()
     assert text.count("  pooling: gap\n") == 1 and text.count("    rounds: 3\n") == 1
     changed = text.replace("    pooling: gap\n", "").replace("    rounds: 3\n", "    rounds: 2\n")
-    path.write_text(f"{changed}mine: 1\n")
+    scales = "    scales:\n      - 0.75\n      - 1.0\n"
+    assert changed.count(scales) == 1
+    path.write_text(f"{changed.replace(scales, '')}mine: 1\n")
     tree = pipe.read_text()
     own = "  publish:\n    cmd: cp -r data/random_walk /srv\n"
     start = tree.index("\nplots:")
@@ -160,11 +162,13 @@ def test_an_upgrade_brings_pipeline_and_parameters_along_and_keeps_values(projec
     told = folder.upgrade(project)
     assert [line.split(",")[0] for line in told] == [
         "params.yaml: new",
+        "params.yaml: new",
         "params.yaml: gone",
         "dvc.yaml: written anew; `git diff dvc.yaml` shows what is different",
     ]
     params = load(path)
     assert params.train_cam.frozen.rounds == 2 and params.train_cam.frozen.pooling == "gap"
+    assert params.train_segmenter.features.scales == (1.0,), "as it was before there were scales"
     assert params.prepare.source == "folder"
     stages = overlay.plain(pipe.read_text())["stages"]
     assert stages.pop("publish")["cmd"].startswith("cp")

@@ -294,3 +294,12 @@ def test_the_last_head_labels_the_first_round_of_method_frozen(
         run("train_cam", root, start=start, **changes)
         share.append(float(tables_of(root)["rounds"][-1]["coverage"]))
     assert share[0] != share[1]
+    # What changes no weight may change: the scales that heads answer at, and the walk.
+    other = changes["frozen"].affinity == "none"
+    changes["frozen"] = changes["frozen"].model_copy(
+        update={"affinity": "cosine" if other else "none"}
+    )
+    changes["features"] = changes["features"].model_copy(update={"scales": (0.75, 1.0)})
+    shutil.rmtree(root / ".isim/previous")
+    shutil.copytree(by_frozen / ".isim/previous", root / ".isim/previous")
+    assert run("train_cam", root, start="previous", **changes)["started_from"] != "none"
