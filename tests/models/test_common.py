@@ -41,6 +41,16 @@ def test_weights_of_another_kind_are_refused(tmp_path):
         module_of(config).load(path)
 
 
+@pytest.mark.parametrize("scales", [[], [1.0, -0.5]])
+def test_a_header_of_impossible_scales_is_damaged(scales, tmp_path):
+    path, config = tmp_path / "model.safetensors", config_of("frozen")
+    weights = module_of(config).build(config).state_dict()
+    header = asdict(config) | {"feature_scales": scales}
+    save_file(weights, path, {config.key: json.dumps(header)})
+    with pytest.raises(UserError, match=r"feature_scales is \("):
+        module_of(config).load(path)
+
+
 def test_normalize():
     images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
     found = common.normalize(images, (0.0, 0.5, 0.1), (1.0, 0.25, 0.5))
