@@ -77,14 +77,18 @@ def _squares(of_what: str, most: float) -> AfterValidator:
     """Make a validator: the squares of a list's numbers, which are areas, sum to `most` at most."""
 
     def check(values: tuple[float, ...]) -> tuple[float, ...]:
-        if (area := sum(value**2 for value in values)) > most:
-            raise ValueError(
-                f"the squares of the {len(values)} {of_what} sum to {area:,.6g}, more than "
-                f"{most:,}, which would fill the memory; use fewer or smaller ones"
-            )
+        _require_area(values, of_what, most)
         return values
 
     return AfterValidator(check)
+
+
+def _require_area(values: tuple[float, ...], of_what: str, most: float) -> None:
+    if (area := sum(value**2 for value in values)) > most:
+        raise ValueError(
+            f"the squares of the {len(values)} {of_what} sum to {area:,.6g}, more than "
+            f"{most:,}, which would fill the memory; use fewer or smaller ones"
+        )
 
 
 # Each may be as large as its bound says, but not all of them: images are held at all of them.
@@ -240,11 +244,7 @@ class Features(Section):
                 f"scales: {largest:g} times {max(self.sides)} px is {side:g}, more than "
                 f"{MOST_PIXELS}; use a smaller one"
             )
-        if (area := sum((side * largest) ** 2 for side in self.sides)) > MOST_AREA:
-            raise ValueError(
-                f"scales: at {largest:g} the squares of {len(self.sides)} sides sum to {area:,.6g},"
-                f" more than {MOST_AREA:,}, which would fill the memory; use a smaller one"
-            )
+        _require_area(tuple(side * largest for side in self.sides), "sides at scales", MOST_AREA)
         return self
 
     def facts(self) -> dict[str, Any]:

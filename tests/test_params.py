@@ -186,7 +186,7 @@ def test_a_grid_whose_affinities_fill_the_memory_is_refused(tree):
     tree["train_cam"]["features"]["scales"] = [0.5, 4.5]
     assert "features.scales" in refusal(tree)
     tree["train_cam"]["features"] |= {"sides": list(range(1009, 1025)), "scales": [4.0]}
-    assert "squares of 16 sides" in refusal(tree)
+    assert "squares of the 16 sides at scales sum" in refusal(tree)
 
 
 def test_a_wrong_affinity_is_reported_once(tree):

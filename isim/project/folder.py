@@ -211,7 +211,7 @@ def _parameters(own: Mapping[str, Any]) -> tuple[str, list[str]]:
     tree = YAML(typ="rt").load(preset.text("own-images"))
     now, before = flatten(overlay.plain(overlay.dump(tree))), flatten(own)
     new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
-    kept = {n: before[n] if n in before else _BEFORE[n] for n in now if n in before or n in _BEFORE}
+    kept = {n: value for n, value in (_BEFORE | before).items() if n in now}
     now |= kept
     for name, value in kept.items():
         section = tree

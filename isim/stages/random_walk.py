@@ -50,8 +50,8 @@ def run(params: RandomWalk, root: Path) -> None:
         devices.place(network, here.device)
         if params.affinity != "net":
             every = [item for items in chosen.values() for item in items]
-            walking = replace(config, affinity=params.affinity, feature_scales=(1.0,))
-            network = features.ready(here, network, walking, every)
+            walking = replace(config, affinity=params.affinity)
+            network = features.ready(here, network, walking, (), others=every)
         figures: dict[str, dict[str, float]] = {}
         confusions: dict[str, Confusions] = {}
         for split, parts in counts.parts(chosen, counts.members(data.splits)).items():
